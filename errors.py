@@ -1,0 +1,62 @@
+"""Every error a user can meet.
+
+    OptcError                     the base; the command line prints its message on one line
+    +-- UsageError                an option or an argument that makes no sense                      (exit code 2)
+    +-- CheckpointError           the checkpoint or adapter cannot be read
+    +-- UnsupportedModelError     the model cannot be compiled, and says which module and what to do
+    +-- PassError                 a pass did not match what it promised, or broke the graph
+    |   +-- VerificationError     the graph computes something else than before
+    +-- TargetError               an unknown target, or one that lacks what was asked for           (exit code 2)
+    +-- LoweringError             native code could not be made
+    +-- ArtifactError             an artifact cannot be written, read or trusted
+    +-- RequestError              a prompt or a sampling parameter is wrong
+    +-- GateError                 a gate the user set was not met                                   (exit code 3)
+
+Messages name the thing, what was found, what was expected, and the way out. `assert` is for optc's own invariants.
+"""
+
+
+class OptcError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(OptcError):
+    exit_code = 2
+
+
+class CheckpointError(OptcError):
+    pass
+
+
+class UnsupportedModelError(OptcError):
+    pass
+
+
+class PassError(OptcError):
+    pass
+
+
+class VerificationError(PassError):
+    pass
+
+
+class TargetError(OptcError):
+    exit_code = 2
+
+
+class LoweringError(OptcError):
+    pass
+
+
+class ArtifactError(OptcError):
+    pass
+
+
+class RequestError(OptcError):
+    pass
+
+
+class GateError(OptcError):
+    exit_code = 3
