@@ -1,0 +1,116 @@
+"""How fast the paged attention kernel is: decode against memory bandwidth, prefill in GFLOP/s, both beside torch SDPA.
+
+    python benchmarks/attention.py [--threads 2] [--seconds 1.0] [--dtype bfloat16]
+
+Both sides read the same numbers, SDPA from contiguous tensors, in turns within one run. Decode cycles through enough
+caches to leave no KV data in the processor's caches, as the layers of a model do. Times are the best of all rounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import click
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from optc.optimizer.lowering.native import build_kernels
+from optc.runtime.ops.kernels import host_isa, load_kernels
+
+HEADS, KV_HEADS, DIM, BLOCK_SIZE = 16, 8, 64, 16
+SCALE = DIM**-0.5
+COLD_BYTES = 128 << 20  # several times the last-level cache
+
+
+def best_times(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """The shortest time of each call in seconds, the calls taken in turns."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    deadline = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < deadline:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def memory_bandwidth(seconds: float) -> float:
+    """Bytes a second that torch reads when it sums a tensor far larger than any cache."""
+    data = torch.ones(64 << 20, dtype=torch.float32)
+    (best,) = best_times([data.sum], seconds)
+    return data.nbytes / best
+
+
+def paged(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k, v [B, KV, L, D] -> kv_cache [num_blocks, KV, block_size, 2 D] and its shuffled block_table i32[B, P]."""
+    batch, kv_heads, length, dim = k.shape
+    blocks = length // BLOCK_SIZE
+    table = torch.randperm(batch * blocks).view(batch, blocks)
+    cache = torch.empty(batch * blocks, kv_heads, BLOCK_SIZE, 2 * dim, dtype=k.dtype)
+    rows = torch.cat([k, v], dim=-1).view(batch, kv_heads, blocks, BLOCK_SIZE, 2 * dim)
+    cache[table.flatten()] = rows.transpose(1, 2).flatten(0, 1)
+    return cache, table.int()
+
+
+def calls(batch: int, queries: int, length: int, copies: int, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """paged_attention and SDPA on the same data, `copies` times over to be taken in turns."""
+
+    def data() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _ in range(copies):
+            k, v = torch.randn(2, batch, KV_HEADS, length, DIM, dtype=dtype)
+            yield torch.randn(batch, HEADS, queries, DIM, dtype=dtype), k, v
+
+    contiguous = list(data())
+    packed = [(q.transpose(1, 2).reshape(-1, HEADS, DIM), *paged(k, v)) for q, k, v in contiguous]
+    starts = torch.arange(batch + 1, dtype=torch.int32) * queries
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    ours, theirs = itertools.cycle(packed), itertools.cycle(contiguous)
+
+    def native() -> Tensor:
+        q, cache, table = next(ours)
+        return torch.ops.optc.paged_attention(q, cache, table, starts, lengths, DIM, SCALE, 0, 0.0, None)
+
+    def sdpa() -> Tensor:
+        q, k, v = next(theirs)
+        return scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=SCALE, enable_gqa=True)
+
+    torch.testing.assert_close(native(), sdpa().transpose(1, 2).reshape(-1, HEADS, DIM), atol=2e-2, rtol=2e-2)
+    return [native, sdpa]
+
+
+@click.command()
+@click.option("--threads", default=2, show_default=True, help="Threads of torch's pool.")
+@click.option("--seconds", default=1.0, show_default=True, help="Measuring time per case and side.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--isa", type=click.Choice(["avx512", "avx2", "generic"]), default=None, help="Default: the best here.")
+def main(threads: int, seconds: float, dtype: str, isa: str | None) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    load_kernels(build_kernels(isa or host_isa()))
+    floor = memory_bandwidth(seconds)
+    click.echo(f"{isa or host_isa()}, {threads} threads, {dtype}, {HEADS} heads, {KV_HEADS} KV heads, dim {DIM}")
+    click.echo(f"memory bandwidth (sum of 256 MiB): {floor / 1e9:.1f} GB/s\n")
+    click.echo(f"{'case':<22}{'optc':>10}{'SDPA':>10}{'speedup':>9}   rate")
+    for batch, length in [(1, 128), (1, 1024), (1, 8192), (16, 512)]:
+        size = batch * length * KV_HEADS * 2 * DIM * getattr(torch, dtype).itemsize
+        sides = calls(batch, 1, length, max(2, COLD_BYTES // size), getattr(torch, dtype))
+        native, sdpa = best_times(sides, seconds)
+        rate = f"{size / native / 1e9:.1f} GB/s of KV ({size / native / floor:.0%} of memory bandwidth)"
+        report(f"decode {batch} x {length}", native, sdpa, rate)
+    for length in (512, 2048):
+        native, sdpa = best_times(calls(1, length, length, 2, getattr(torch, dtype)), seconds)
+        flops = 4 * DIM * HEADS * length * (length + 1) / 2  # only what causal attention needs
+        report(f"prefill {length}", native, sdpa, f"{flops / native / 1e9:.0f} GFLOP/s")
+
+
+def report(case: str, native: float, sdpa: float, rate: str) -> None:
+    click.echo(f"{case:<22}{native * 1e6:>7.0f} us{sdpa * 1e6:>7.0f} us{sdpa / native:>8.2f}x   {rate}")
+
+
+if __name__ == "__main__":
+    main()

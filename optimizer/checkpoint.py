@@ -1,0 +1,319 @@
+"""Loading a checkpoint: a local folder or a hub id, with or without a LoRA adapter, checked before any work starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..errors import CheckpointError, UnsupportedModelError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+# Modules that keep a state of their own from token to token, besides the KV cache.
+_STATEFUL = re.compile(r"Mamba|SSM|DeltaNet|LinearAttention|Recurrent|RG_?LRU|RWKV|Rwkv|xLSTM|mLSTM|sLSTM|ShortConv|RetNet|Lightning|Bailing.*Linear")
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """What a runtime needs of a tokenizer: the fast tokenizer's JSON, special tokens and the chat template."""
+
+    json: str
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
+@dataclass
+class Checkpoint:
+    """A causal language model ready to be captured.
+
+    Attributes:
+        model: weights loaded, evaluation mode.
+        source: the path or hub id the user named.
+        sha256: hash over the config and the weight files, or over the weights where there are no files.
+        tokenizer: None if the checkpoint has none.
+        generation: contents of generation_config.json.
+        max_model_len: the length limit, decided.
+        notes: decisions taken.
+    """
+
+    model: PreTrainedModel
+    source: str
+    sha256: str
+    tokenizer: TokenizerData | None
+    generation: dict[str, Any]
+    max_model_len: int
+    adapter: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+
+def load_checkpoint(source: str, *, dtype: str = "auto", adapter: Path | None = None, max_model_len: int | None = None) -> Checkpoint:
+    """Load the model that `source` names, after checking that it can be compiled.
+
+    Args:
+        source: a local folder in Hugging Face format, or a hub id.
+        dtype: auto (as the checkpoint says), float32, bfloat16 or float16.
+        adapter: a PEFT LoRA adapter folder to merge into the weights.
+        max_model_len: largest number of tokens a sequence may have; the config's by default.
+
+    Raises:
+        CheckpointError: missing, incomplete or corrupt files, or an adapter of another model.
+        UnsupportedModelError: not a decoder-only language model that optc can compile.
+        UsageError: `max_model_len` beyond what the model's positions can express.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(source)
+    config = _load_config(folder, source)
+    refuse_unsupported(config)
+    limit = _length_limit(config, max_model_len)
+    _check_weight_files(folder)
+    model = _load_model(folder, config, dtype)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    if adapter is not None:
+        hashed += sorted(p for p in adapter.iterdir() if p.suffix in (".safetensors", ".json"))
+    return Checkpoint(
+        model=model.eval(),
+        source=source,
+        sha256=_hash_files(hashed),
+        tokenizer=load_tokenizer(folder),
+        generation=_generation_config(folder),
+        max_model_len=limit,
+        adapter=str(adapter) if adapter else None,
+    )
+
+
+def _download(source: str) -> Path:
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise CheckpointError(f"{source}: no such folder (and not a hub id, which looks like owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{source}: no such local folder, and the hub gave no model of that name: {reason}") from error
+
+
+def _load_config(folder: Path, source: str) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{source}: the folder has no config.json; expected a model in Hugging Face format")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
+    model_type = raw.get("model_type")
+    if not model_type:
+        raise CheckpointError(f"{path}: names no model_type; expected a transformers config")
+    if "auto_map" in raw and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that transformers implements")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{source}: unknown architecture {model_type!r}: {reason}") from error
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """Raise for what cannot be compiled, from the config and the (weightless) modules alone.
+
+    Raises:
+        UnsupportedModelError: names the module that is in the way, and the way out.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; optc compiles decoder-only language models")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"{kind} is not a causal language model in transformers; optc compiles models of AutoModelForCausalLM")
+    inner = sorted(name for name in vars(config) if name in ("vision_config", "audio_config", "image_config"))
+    if inner:
+        raise UnsupportedModelError(f"{kind} wraps a language model with a {inner[0].removesuffix('_config')} encoder; export its text model and compile that")
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise UnsupportedModelError(f"{kind} uses ALiBi position biases, which optc's attention does not have; use a model with rotary or learned positions")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise UnsupportedModelError(f"{kind} cannot be built by transformers: {str(error).strip().splitlines()[0]}") from error
+    for name, module in skeleton.named_modules():
+        if _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name):
+            raise UnsupportedModelError(
+                f"{kind} is a state-space or hybrid model: {name} ({type(module).__name__}) keeps a state besides the KV cache; "
+                "optc compiles models whose layers are all attention"
+            )
+
+
+def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
+    known = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
+    if wanted is None:
+        return int(known or 2048)
+    if wanted < 2:
+        raise UsageError(f"--max-model-len {wanted}: expected at least 2")
+    if known and wanted > known and "dynamic" not in kinds:
+        raise UsageError(f"--max-model-len {wanted}: {config.model_type} has positions for {known} tokens; choose at most that")
+    return wanted
+
+
+def _check_weight_files(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(f"{folder}: the index names {len(names)} shards, and {', '.join(missing)} is missing; download it again")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("model*.safetensors"))
+    if not files and not list(folder.glob("*.safetensors")):
+        pickled = " (the .bin files there are pickles; convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{folder}: holds no model.safetensors and no shards of it{pickled}")
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as opened:
+                opened.keys()
+        except Exception as error:
+            raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+
+
+def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES.get(dtype, "auto"),
+            attn_implementation=attention,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}")
+    if info["mismatched_keys"]:
+        name = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(f"{folder}: the shape of {name} does not fit the config")
+    assert isinstance(model, PreTrainedModel)
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> TokenizerData | None:
+    """The checkpoint's tokenizer, or None if it has no tokenizer files.
+
+    Raises:
+        CheckpointError: there are files, but no fast tokenizer can be made of them.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return TokenizerData(backend.to_str(), tokenizer.bos_token, tokenizer.eos_token, template)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
+    return content
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
+    """Add a PEFT LoRA adapter to the weights in place: W += scaling * B @ A, computed in float32.
+
+    `scaling` is lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023); rank and alpha
+    patterns are honoured. Layers that store W transposed (GPT-2's Conv1D) are handled.
+
+    Raises:
+        CheckpointError: not a LoRA adapter, one of another model, or one that needs more than merging.
+    """
+    config_path, weights_path = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise CheckpointError(f"{adapter}: no {path.name}; expected a PEFT LoRA adapter")
+    try:
+        config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        with safetensors.safe_open(weights_path, "pt") as opened:
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: unreadable adapter: {error}") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise CheckpointError(f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)")
+    pairs = _adapter_pairs(adapter, tensors)
+    modules = dict(model.named_modules())
+    for name, (a, b) in pairs.items():
+        weight = getattr(modules.get(name), "weight", None)
+        delta = _lora_scaling(config, name, rank=a.shape[0]) * (b.float() @ a.float())
+        transposed = config.get("fan_in_fan_out") or type(modules.get(name)).__name__ == "Conv1D"
+        delta = delta.t() if transposed else delta
+        if not isinstance(weight, Tensor) or weight.shape != delta.shape:
+            found = "no such layer" if weight is None else f"that layer is {tuple(weight.shape)}, the adapter's is {tuple(delta.shape)}"
+            raise CheckpointError(f"{adapter}: adapter for another model: {name}: {found} in {type(model).__name__}")
+        weight.data.copy_((weight.float() + delta).to(weight.dtype))
+
+
+def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        if match is None:
+            raise CheckpointError(f"{adapter}: the adapter holds {name}, which is not a LoRA matrix; optc merges plain LoRA on linear layers")
+        found.setdefault(match[1], {})[match[2]] = value
+    if not found:
+        raise CheckpointError(f"{adapter}: the adapter holds no LoRA matrices")
+    if odd := [name for name, pair in found.items() if len(pair) != 2]:
+        raise CheckpointError(f"{adapter}: {odd[0]} has only one of lora_A and lora_B")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _lora_scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    alpha = float(config.get("lora_alpha", rank))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.search(rf"(^|\.){pattern}$", name):
+            alpha = float(value)
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,324 @@
+"""The compiler driver: checkpoint -> graph -> passes -> programs -> native code -> artifact."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import UsageError
+from ..passes.base import run_passes
+from ..passes.graph import Program
+from ..passes.verify import Probe
+from ..runtime.manifest import (
+    KVCacheSpec,
+    Manifest,
+    MemoryPlan,
+    ModelRecord,
+    NativeCode,
+    PassRecord,
+    TokenizerRecord,
+    Versions,
+    identity_of,
+)
+from ..runtime.program import encode_program, program_ops, write_program
+from .capture import capture, capture_module
+from .checkpoint import Checkpoint, load_checkpoint
+from .config import Backend, CompileConfig
+from .package import check_output, file_records, write_manifest, write_weights, writing
+from .pipeline import shared_passes, step_passes
+from .targets import find_target
+
+STEP_FILE, SCORE_FILE = "program/step.json", "program/score.json"
+
+
+@dataclass
+class Progress:
+    """Where the driver reports to. Every method may be replaced; the defaults are silent."""
+
+    stage: Callable[[str], AbstractContextManager[Any]] = field(default=lambda name: nullcontext())
+    on_pass: Callable[[PassRecord], None] = field(default=lambda record: None)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph, with what the manifest says about it."""
+
+    program: Program
+    record: ModelRecord
+    checkpoint: Checkpoint | None
+
+
+def compile(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    target: str = "native",
+    backend: Backend = "inductor",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    force: bool = False,
+    dump: str | Path | None = None,
+    verify: bool = True,
+    block_size: int = 32,
+    max_model_len: int | None = None,
+    example_inputs: tuple[Tensor, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Compile a causal language model into an artifact.
+
+    Args:
+        model: a local folder in Hugging Face format, a hub id, or a module f(input_ids i64[1, T], positions i64[1, T])
+            -> logits [1, T, V] whose attention is causal `scaled_dot_product_attention`.
+        output: artifact folder to write.
+        target: hardware the code is for; see `optc targets`.
+        backend: inductor (native code) or eager (the portable program alone).
+        dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
+        adapter: PEFT LoRA adapter folder to merge.
+        force: replace an artifact at `output`.
+        dump: folder for the graph before and after every pass.
+        verify: compare the logits after every pass with those before, in float32.
+        block_size: tokens a block of the KV cache holds.
+        max_model_len: largest number of tokens a sequence may have.
+        example_inputs: for a module: example `input_ids` and `positions`, with T >= 2.
+        progress: where to report to.
+
+    Returns:
+        The artifact folder.
+
+    Raises:
+        OptcError: any of `optc.errors`; nothing is left half-written.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
+    if not 1 <= block_size <= 1024:
+        raise UsageError(f"block size {block_size}: expected 1 to 1024 tokens")
+    config = CompileConfig(
+        source=str(model) if isinstance(model, str | Path) else type(model).__name__,
+        output=Path(output),
+        target=find_target(target),
+        backend=backend,
+        dtype=dtype,
+        adapter=Path(adapter) if adapter is not None else None,
+        force=force,
+        dump=Path(dump) if dump is not None else None,
+        verify=verify,
+        block_size=block_size,
+        max_model_len=max_model_len,
+    )
+    check_output(config.output, force=config.force)
+    progress = progress or Progress()
+    if isinstance(model, nn.Module):
+        captured = _capture_module(model, example_inputs, config, progress)
+    else:
+        captured = _capture_checkpoint(config, progress)
+    return _build(captured, config, progress)
+
+
+def _capture_checkpoint(config: CompileConfig, progress: Progress) -> Captured:
+    with progress.stage("load checkpoint"):
+        checkpoint = load_checkpoint(
+            config.source, dtype=config.dtype, adapter=config.adapter, max_model_len=config.max_model_len
+        )
+    with progress.stage("capture"):
+        program, notes = capture(checkpoint.model, checkpoint.max_model_len)
+    record = ModelRecord(
+        source=checkpoint.source,
+        source_sha256=checkpoint.sha256,
+        model_type=checkpoint.config.model_type,
+        architecture=type(checkpoint.model).__name__,
+        adapter=checkpoint.adapter,
+        parameters=sum(p.numel() for p in checkpoint.model.parameters()),
+        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        vocab_size=_vocab_size(program),
+        max_model_len=checkpoint.max_model_len,
+        notes=tuple(checkpoint.notes + notes),
+    )
+    return Captured(program, record, checkpoint)
+
+
+def _capture_module(
+    module: nn.Module, example_inputs: tuple[Tensor, Tensor] | None, config: CompileConfig, progress: Progress
+) -> Captured:
+    if example_inputs is None:
+        raise UsageError("compiling a module needs example_inputs=(input_ids, positions), each i64[1, T] with T >= 2")
+    if config.adapter is not None or config.dtype != "auto":
+        raise UsageError("adapter and dtype are for checkpoints; change the module itself")
+    limit = config.max_model_len or 2048
+    with progress.stage("capture"):
+        program = capture_module(module, example_inputs, limit)
+    first = next(iter(module.parameters()))
+    record = ModelRecord(
+        source=config.source,
+        source_sha256=_hash_weights(module),
+        model_type="module",
+        architecture=type(module).__name__,
+        adapter=None,
+        parameters=sum(p.numel() for p in module.parameters()),
+        dtype=str(first.dtype).removeprefix("torch."),
+        vocab_size=_vocab_size(program),
+        max_model_len=limit,
+        notes=(),
+    )
+    return Captured(program, record, None)
+
+
+def _vocab_size(program: Program) -> int:
+    logits = program.graph.output_node().args[0][0]  # type: ignore[index]
+    return int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
+
+
+def _hash_weights(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Path:
+    model = captured.record
+    probe = Probe.random(model.vocab_size, model.max_model_len) if config.verify else None
+    score = captured.program
+    with progress.stage("passes"):
+        records = run_passes(
+            score, shared_passes(config), probe=probe, dump=config.dump and config.dump / "shared", on_record=progress.on_pass
+        )
+        step = score.copy()
+        step_dump = config.dump and config.dump / "step"
+        records += run_passes(
+            step, step_passes(config), facts={"canonical"}, probe=probe, dump=step_dump, on_record=progress.on_pass
+        )
+    with writing(config.output, force=config.force) as folder:
+        manifest = _write(folder, captured, score, step, records, config, progress)
+        write_manifest(folder, manifest)
+    return config.output
+
+
+def _write(
+    folder: Path,
+    captured: Captured,
+    score: Program,
+    step: Program,
+    records: list[PassRecord],
+    config: CompileConfig,
+    progress: Progress,
+) -> Manifest:
+    (folder / "program").mkdir()
+    encoded = {}
+    for file, program in ((STEP_FILE, step), (SCORE_FILE, score)):
+        encoded[file] = encode_program(program.module, [spec.name for spec in program.inputs])
+        write_program(folder / file, encoded[file])
+    with progress.stage("write weights"):
+        constants = write_weights(folder, step.weights() | score.weights(), score.sources | step.sources)
+    native = (_lower(folder, step, config, progress),) if config.backend == "inductor" else ()
+    tokenizer = _write_tokenizer(folder, captured.checkpoint)
+    with progress.stage("hash files"):
+        files = file_records(folder)
+    manifest = Manifest(
+        identity="",
+        created_by=Versions(optc=__version__, torch=torch.__version__, transformers=transformers.__version__),
+        target=config.target.name,
+        backend=config.backend,
+        model=captured.record,
+        block_size=config.block_size,
+        kv_cache=tuple(step.kv_cache),
+        step=step.spec(STEP_FILE),
+        score=score.spec(SCORE_FILE),
+        constants=constants,
+        required_ops=tuple(sorted({op for program in encoded.values() for op in program_ops(program)})),
+        native=native,
+        passes=tuple(records),
+        memory=_memory_plan(folder, step.kv_cache),
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(captured.checkpoint),
+        generation=_sampling_defaults(captured.checkpoint),
+        files=files,
+    )
+    return manifest.model_copy(update={"identity": identity_of(manifest)})
+
+
+def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progress) -> NativeCode:
+    target = config.target
+    version = ".".join(torch.__version__.split(".")[:2])
+    if not target.is_this_machine():
+        return NativeCode(
+            target=target.name,
+            backend="inductor",
+            status="pending",
+            cpu_features=(),
+            torch_version=version,
+            constants={},
+            step=None,
+            kernels=None,
+            reason=f"code for {target.architecture} is made on a {target.name}; until then the portable program runs",
+        )
+    from .lowering.inductor import compile_step, constant_names
+    from .lowering.native import build_kernels
+
+    code = folder / "code" / target.name
+    code.mkdir(parents=True)
+    assert target.isa is not None
+    with progress.stage("compile kernels"):
+        (code / "kernels.so").write_bytes(build_kernels(target.isa).read_bytes())
+    with progress.stage("compile step program"):
+        features = compile_step(step, target, code / "step.pt2")
+    return NativeCode(
+        target=target.name,
+        backend="inductor",
+        status="ready",
+        cpu_features=features,
+        torch_version=version,
+        constants={code_name: name for name, code_name in constant_names(step).items()},
+        step=f"code/{target.name}/step.pt2",
+        kernels=f"code/{target.name}/kernels.so",
+    )
+
+
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint | None) -> TokenizerRecord | None:
+    if checkpoint is None or checkpoint.tokenizer is None:
+        return None
+    data = checkpoint.tokenizer
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").write_text(data.json, encoding="utf-8")
+    if data.chat_template:
+        (folder / "tokenizer/chat_template.jinja").write_text(data.chat_template, encoding="utf-8")
+    return TokenizerRecord(
+        tokenizer="tokenizer/tokenizer.json",
+        chat_template="tokenizer/chat_template.jinja" if data.chat_template else None,
+        bos_token=data.bos_token,
+        eos_token=data.eos_token,
+    )
+
+
+def _memory_plan(folder: Path, layers: list[KVCacheSpec]) -> MemoryPlan:
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("weights*.safetensors"))
+    per_token = sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) for spec in layers)
+    return MemoryPlan(weight_bytes=weight_bytes, kv_bytes_per_token=per_token)
+
+
+def _eos_token_ids(checkpoint: Checkpoint | None) -> tuple[int, ...]:
+    """From generation_config.json, else config.json, as transformers' generate has it."""
+    if checkpoint is None:
+        return ()
+    found = checkpoint.generation.get("eos_token_id", getattr(checkpoint.config, "eos_token_id", None))
+    return tuple(found) if isinstance(found, list) else (found,) if isinstance(found, int) else ()
+
+
+def _sampling_defaults(checkpoint: Checkpoint | None) -> dict[str, float | int | bool]:
+    """The sampling parameters of generation_config.json, for `optc run` and the server to start from."""
+    if checkpoint is None:
+        return {}
+    names = ("do_sample", "temperature", "top_k", "top_p")
+    return {name: value for name in names if isinstance(value := checkpoint.generation.get(name), bool | int | float)}
+
+
+__all__ = ["Progress", "compile"]

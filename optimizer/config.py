@@ -1,0 +1,44 @@
+"""What the user asks for, decided and frozen before work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .targets import Target
+
+Backend = Literal["inductor", "eager"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """One compilation.
+
+    Attributes:
+        source: local folder or hub id.
+        output: artifact folder to write.
+        target: hardware the code is for.
+        backend: inductor (native code) or eager (the portable program alone).
+        dtype: auto, float32, bfloat16 or float16.
+        adapter: LoRA adapter to merge.
+        fp8: quantize the linear layers' weights to FP8.
+        force: replace an artifact at `output`.
+        dump: folder for the graph before and after every pass.
+        verify: check the logits after every pass.
+        block_size: tokens a block of the KV cache holds.
+        max_model_len: largest number of tokens a sequence may have; None takes the model's own limit.
+    """
+
+    source: str
+    output: Path
+    target: Target
+    backend: Backend = "inductor"
+    dtype: str = "auto"
+    adapter: Path | None = None
+    fp8: bool = False
+    force: bool = False
+    dump: Path | None = None
+    verify: bool = True
+    block_size: int = 32
+    max_model_len: int | None = None

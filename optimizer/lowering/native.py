@@ -1,0 +1,112 @@
+"""Compiles the C++ kernels of `runtime/ops/cpu/` into one shared library per instruction set.
+
+The library uses torch's stable ABI only, so one file serves every torch that optc supports. Results are cached in the
+user's cache folder under a digest of everything that went into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ...errors import LoweringError
+from ...runtime import ops
+from ...runtime.ops.kernels import REQUIRED_FLAGS, host_isa
+
+__all__ = ["build_kernels", "host_isa"]
+
+SOURCES = Path(ops.__file__).parent / "cpu"
+
+_MARCH = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "generic": "-march=x86-64"}
+
+# The oldest torch that optc supports, in the form torch/csrc/stable/version.h asks for: newer functions stay unused.
+_TORCH_TARGET_VERSION = "0x020b000000000000"
+
+_WAY_OUT = "install g++ 11 or newer (or point CXX at one), or compile with --backend eager, which needs no compiler"
+
+
+def build_kernels(isa: str) -> Path:
+    """Compile the kernels for `isa` ("avx512", "avx2" or "generic") and return the path of the shared library.
+
+    Takes a few seconds once, and then comes from the cache: $OPTC_CACHE, else $XDG_CACHE_HOME/optc, else ~/.cache/optc.
+    The compiler is $CXX, else g++. Cross-compiling to another x86-64 instruction set works on any x86-64 machine.
+
+    Raises:
+        LoweringError: `isa` is unknown or not of this machine's architecture, there is no compiler, or it failed.
+    """
+    command = _command(isa)
+    digest = _digest(command)
+    target = _cache_folder() / "kernels" / digest[:16] / f"kernels-{isa}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Under a temporary name first, so that a reader never meets half a library, and two builders do not meet at all.
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        sources = sorted(path.name for path in SOURCES.glob("*.cpp"))
+        libraries = Path(torch.__file__).parent / "lib"
+        _run([*command, *sources, "-o", str(temporary), f"-L{libraries}", "-ltorch_cpu"], cwd=SOURCES)
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _command(isa: str) -> list[str]:
+    if isa not in REQUIRED_FLAGS:
+        raise LoweringError(f"unknown instruction set {isa!r}, expected one of {', '.join(REQUIRED_FLAGS)}")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not is_x86 and isa != "generic":
+        raise LoweringError(
+            f"cannot compile {isa} kernels on a {platform.machine()} machine; use generic, or compile on x86-64"
+        )
+    # -fno-math-errno -fno-trapping-math: nobody reads errno or floating-point exceptions, and selects vectorise.
+    options = "-O3 -std=c++17 -fPIC -shared -fvisibility=hidden -fno-math-errno -fno-trapping-math".split()
+    include = Path(torch.__file__).parent / "include"
+    defines = [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
+    march = [_MARCH[isa]] if is_x86 else []
+    return [*shlex.split(os.environ.get("CXX", "g++")), *options, *march, *defines, f"-isystem{include}"]
+
+
+def _digest(command: list[str]) -> str:
+    """Of the sources, the command, the compiler's version and torch's version."""
+    digest = hashlib.sha256()
+    compiler = command[: len(shlex.split(os.environ.get("CXX", "g++")))]
+    for part in (*command, _run([*compiler, "--version"]), torch.__version__):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            content = path.read_bytes()
+            digest.update(f"{path.name} {len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("OPTC_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "optc"
+    return Path.home() / ".cache" / "optc"
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    """The standard output of a compiler command."""
+    try:
+        result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LoweringError(f"cannot run the C++ compiler {command[0]!r} ({error.strerror}); {_WAY_OUT}") from error
+    if result.returncode != 0:
+        lines = result.stderr.splitlines() or ["no message"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise LoweringError(f"the C++ compiler {command[0]!r} failed: {first.strip()}; {_WAY_OUT}")
+    return result.stdout

@@ -1,0 +1,130 @@
+"""Writing an artifact: into a temporary folder beside the target, synced, then renamed. Either all of it exists or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from ..errors import ArtifactError, UsageError
+from ..runtime.artifact import MANIFEST, file_sha256
+from ..runtime.manifest import ConstantRecord, FileRecord, Manifest
+
+SHARD_BYTES = 5 * 10**9
+
+
+@contextmanager
+def writing(output: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `output` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UsageError: `output` exists and `force` is off, or is something that must not be replaced.
+        ArtifactError: the disk is full or the folder cannot be written.
+    """
+    check_output(output, force=force)
+    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output)
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        _replace(temporary, output)
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise ArtifactError(f"{output}: cannot write the artifact: {what}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output path before any work starts.
+
+    Raises:
+        UsageError: it exists and `force` is off, or is no artifact (which `force` does not replace).
+    """
+    if not output.exists():
+        return
+    if not force:
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise UsageError(f"{output} exists and is not an artifact; --force replaces artifacts only")
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Temporary folders of compiles that were killed; one whose process lives is left alone."""
+    for folder in output.parent.glob(f".{output.name}.*.tmp"):
+        pid = folder.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    old = output.parent / f".{output.name}.{os.getpid()}.old"
+    if output.exists():
+        output.rename(old)
+    try:
+        temporary.rename(output)
+    except OSError:
+        with contextlib.suppress(OSError):
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, str]) -> dict[str, ConstantRecord]:
+    """Write the weights as safetensors, in shards of at most 5 GB, in their order; equal weights give equal bytes."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, weight in weights.items():
+        size = weight.numel() * weight.element_size()
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = weight.detach().contiguous()
+        filled += size
+    records: dict[str, ConstantRecord] = {}
+    for i, shard in enumerate(shards, 1):
+        file = "weights.safetensors" if len(shards) == 1 else f"weights-{i:05d}-of-{len(shards):05d}.safetensors"
+        _save(shard, folder / file)
+        for name, weight in shard.items():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            records[name] = ConstantRecord(file=file, dtype=dtype, shape=tuple(weight.shape), source=sources.get(name, name))
+    return records
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file in `folder`, by its path inside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path)) for path in files
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")

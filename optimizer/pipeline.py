@@ -1,0 +1,24 @@
+"""The passes, in order. Read this first.
+
+A captured graph becomes two programs: the scoring program, which takes one whole sequence and gives all its logits, and
+the step program, which takes packed tokens of many sequences over a paged KV cache. The shared passes come first.
+"""
+
+from __future__ import annotations
+
+from ..passes.base import Pass
+from ..passes.canonicalize import Canonicalize
+from ..passes.gather_logits import GatherLogits
+from ..passes.kv_cache import KVCache
+from ..passes.paged_attention import PagedAttention
+from .config import CompileConfig
+
+
+def shared_passes(config: CompileConfig) -> list[Pass]:
+    """Passes for both programs."""
+    return [Canonicalize()]
+
+
+def step_passes(config: CompileConfig) -> list[Pass]:
+    """Passes that make the step program out of the shared graph."""
+    return [KVCache(), PagedAttention(), GatherLogits()]

@@ -1,0 +1,128 @@
+"""Remove what capture leaves behind, and spell each operation one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from .base import Pass, Result
+from .graph import Program, add_weight, call, get_weight, replacing, value_of
+
+aten = torch.ops.aten
+_LAST = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canonicalize(Pass):
+    """Rules, each applied wherever it holds:
+
+    1. _assert_tensor_metadata(x), _guards_fn(...)      ->  nothing
+    2. alias(x), detach(x), lift_fresh_copy(x), dropout(x, p, train=False)  ->  x
+    3. _to_copy(x, dtype=x.dtype), mul(x, 1.0), slice(x, dim, 0, end)       ->  x
+    4. scaled_dot_product_attention(q, k, v, is_causal=True)  ->  transpose(optc.attention(q, k, v), 1, 2)
+    5. addmm(bias, x, weight)  ->  linear(x, weight transposed, bias)
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def apply(self, program: Program) -> Result:
+        result = Result()
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and (rule := _RULES.get(node.target)):
+                result.matches += rule(program, node, result)
+            elif node.op == "call_module" and not node.users:  # the guards that export adds to a module
+                program.graph.erase_node(node)
+                result.matches += 1
+        return result
+
+
+def _erase(program: Program, node: fx.Node, result: Result) -> int:
+    if node.users:
+        result.decline(node, "its value is used")
+        return 0
+    program.graph.erase_node(node)
+    return 1
+
+
+def _forward_input(program: Program, node: fx.Node, result: Result) -> int:
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    program.graph.erase_node(node)
+    return 1
+
+
+def _dropout(program: Program, node: fx.Node, result: Result) -> int:
+    if node.args[2]:
+        result.decline(node, "dropout in training mode")
+        return 0
+    return _forward_input(program, node, result)
+
+
+def _same_dtype_copy(program: Program, node: fx.Node, result: Result) -> int:
+    changes_only_dtype = set(node.kwargs) <= {"dtype", "layout", "device", "pin_memory", "non_blocking"}
+    if changes_only_dtype and value_of(node).dtype == value_of(node.args[0]).dtype:
+        return _forward_input(program, node, result)
+    return 0
+
+
+def _times_one(program: Program, node: fx.Node, result: Result) -> int:
+    if node.args[1] == 1.0 and not isinstance(node.args[1], fx.Node) and value_of(node).dtype.is_floating_point:
+        same = value_of(node).dtype == value_of(node.args[0]).dtype
+        return _forward_input(program, node, result) if same else 0
+    return 0
+
+
+def _whole_slice(program: Program, node: fx.Node, result: Result) -> int:
+    _, start, end, step = (*node.args[1:], *(0, 0, _LAST, 1)[len(node.args) - 1 :])
+    return _forward_input(program, node, result) if (start in (0, None) and end == _LAST and step == 1) else 0
+
+
+def _causal_sdpa(program: Program, node: fx.Node, result: Result) -> int:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    q, k, v = given["query"], given["key"], given["value"]
+    if given.get("attn_mask") is not None or not given.get("is_causal", False):
+        result.decline(node, "attention with an explicit mask, or not causal")
+        return 0
+    if value_of(q).dim() != 4 or value_of(q).shape[2] != value_of(k).shape[2]:
+        result.decline(node, f"attention over {tuple(value_of(q).shape)} and {tuple(value_of(k).shape)}")
+        return 0
+    scale = given.get("scale") or float(value_of(q).shape[-1]) ** -0.5
+    layer = len(program.graph.find_nodes(op="call_function", target=torch.ops.optc.attention.default))
+    with replacing(program.graph, node) as new:
+        out = call(program.graph, torch.ops.optc.attention.default, q, k, v, scale, 0, 0.0, None, layer)
+        new.append(call(program.graph, aten.transpose.int, out, 1, 2))
+    return 1
+
+
+def _addmm(program: Program, node: fx.Node, result: Result) -> int:
+    bias, x, weight = node.args
+    assert isinstance(weight, fx.Node)
+    if weight.op != "get_attr" or node.kwargs or value_of(bias).dim() != 1:
+        result.decline(node, "addmm of computed operands")
+        return 0
+    name = f"{weight.target}.transposed"
+    with replacing(program.graph, node) as new:
+        if name not in program.sources:
+            source = program.sources.get(str(weight.target), str(weight.target))
+            add_weight(program, name, get_weight(program.module, str(weight.target)).detach().t().contiguous(), source)
+        new.append(call(program.graph, aten.linear.default, x, program.graph.get_attr(name), bias))
+    return 1
+
+
+_RULES: dict[object, Callable[[Program, fx.Node, Result], int]] = {
+    aten._assert_tensor_metadata.default: _erase,
+    aten.alias.default: _forward_input,
+    aten.detach.default: _forward_input,
+    aten.detach_.default: _forward_input,
+    aten.lift_fresh_copy.default: _forward_input,
+    aten.dropout.default: _dropout,
+    aten._to_copy.default: _same_dtype_copy,
+    aten.mul.Tensor: _times_one,
+    aten.slice.Tensor: _whole_slice,
+    aten.scaled_dot_product_attention.default: _causal_sdpa,
+    aten.addmm.default: _addmm,
+}

@@ -1,0 +1,165 @@
+"""The schema of `manifest.json`, as typed models. `docs/manifest.schema.json` is generated from here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Dim = int | str
+"""A size, or the name of a symbol whose range is in `ProgramSpec.symbols`."""
+
+
+class Record(BaseModel):
+    """Base of all manifest records: closed, and immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(Record):
+    """One input of a program."""
+
+    name: str
+    dtype: str = Field(description="PyTorch's name of the dtype, such as int64 or bfloat16")
+    shape: tuple[Dim, ...]
+
+
+class KVCacheSpec(Record):
+    """Geometry of one layer's KV cache: a buffer [num_blocks, kv_heads, block_size, k_dim + v_dim]."""
+
+    layer: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int = Field(description="how many last tokens a query sees, itself included; 0 is all")
+    dtype: str
+
+    @property
+    def input_name(self) -> str:
+        return f"kv_cache.{self.layer}"
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        return self.kv_heads * (self.k_dim + self.v_dim) * itemsize
+
+
+class ProgramSpec(Record):
+    """Signature of a program: its inputs in order, its symbols' ranges, its file."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    symbols: dict[str, tuple[int, int]]
+    outputs: tuple[str, ...]
+
+
+class FileRecord(Record):
+    size: int
+    sha256: str
+
+
+class ConstantRecord(Record):
+    """Where a program constant lies: the tensor of this name in this safetensors file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str = Field(description="name of the checkpoint's tensor it was made from")
+
+
+class PassRecord(Record):
+    """What one pass did."""
+
+    name: str
+    config_sha256: str
+    matches: int
+    declined: tuple[str, ...] = Field(description="candidates left alone, each with its reason")
+    node_delta: int
+    max_error: float | None = Field(description="largest difference of the logits to the graph before, in fp32, relative")
+    seconds: float
+
+
+class NativeCode(Record):
+    """Native code for one target. Pending: to be made on the target; until then the portable program runs."""
+
+    target: str
+    backend: Literal["inductor"]
+    status: Literal["ready", "pending"]
+    cpu_features: tuple[str, ...] = Field(description="processor features the code needs, as /proc/cpuinfo names them")
+    torch_version: str = Field(description="major.minor of the torch whose ABI the code was made for")
+    constants: dict[str, str] = Field(description="the code's constant -> the artifact's")
+    step: str | None
+    kernels: str | None
+    reason: str | None = Field(default=None, description="why it is pending")
+
+
+class ModelRecord(Record):
+    """What was compiled."""
+
+    source: str
+    source_sha256: str
+    model_type: str
+    architecture: str
+    adapter: str | None
+    parameters: int
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    notes: tuple[str, ...] = Field(description="decisions taken for this model, such as the RoPE scaling")
+
+
+class MemoryPlan(Record):
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+class TokenizerRecord(Record):
+    """Files of the tokenizer and the special ids generation needs."""
+
+    tokenizer: str
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+
+
+class Versions(Record):
+    optc: str
+    torch: str
+    transformers: str | None
+
+
+class Manifest(Record):
+    """All that a runtime has to know about an artifact before it loads anything."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    identity: str = Field(description="sha256 over everything that decides the tokens; equal inputs give equal identities")
+    created_by: Versions
+    target: str
+    backend: Literal["inductor", "eager"]
+    model: ModelRecord
+    block_size: Annotated[int, Field(ge=1)]
+    kv_cache: tuple[KVCacheSpec, ...]
+    step: ProgramSpec
+    score: ProgramSpec
+    constants: dict[str, ConstantRecord]
+    required_ops: tuple[str, ...]
+    native: tuple[NativeCode, ...]
+    passes: tuple[PassRecord, ...]
+    memory: MemoryPlan
+    tokenizer: TokenizerRecord | None
+    eos_token_ids: tuple[int, ...]
+    generation: dict[str, float | int | bool] = Field(description="sampling defaults of generation_config.json")
+    files: dict[str, FileRecord]
+
+
+def identity_of(manifest: Manifest) -> str:
+    """sha256 over the parts of `manifest` that decide the tokens: not timings, not its own field, not native code."""
+    content = manifest.model_dump(mode="json", exclude={"identity", "native", "files"})
+    for record in content["passes"]:
+        del record["seconds"]
+    content["data"] = {
+        name: record.sha256 for name, record in sorted(manifest.files.items()) if not name.startswith(("code/", "report"))
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,297 @@
+// Flash attention over paged or contiguous keys and values: how the work is cut into items and shared by threads.
+//
+// The rows of a sequence and a KV head are its queries times the query heads of the KV head, query by query. An item is
+// up to kTileRows of them and a range of splits of their keys. A sequence with few rows (decode) gives every split its
+// own item, so that one long sequence keeps all threads busy; the item that finishes last merges the parts in order.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "check.h"
+#include "tile.h"
+
+namespace optc {
+
+// A sequence whose last `queries` tokens attend to its `length` tokens. Contiguous keys are one block of their own.
+struct Sequence {
+  int64_t q_offset, out_offset, k_offset, v_offset;  // of its first query, and of its keys and values, in elements
+  const int32_t* blocks;                             // the block of every block_size tokens
+  int64_t queries, length;
+};
+
+struct Strides {
+  int64_t token, head, block;
+};
+
+template <typename T>
+struct Problem {
+  const T *q, *k, *v;
+  T* out;
+  Strides q_stride, k_stride, v_stride, out_stride;  // in elements
+  int64_t heads, kv_heads, k_dim, v_dim, block_size, window;
+  float scale, softcap;
+  std::vector<float> sinks;  // of each head, or empty
+  std::vector<Sequence> sequences;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t width() const { return round_up(v_dim, kLanes); }  // of a row of values or of results in float32
+};
+
+// The partial results of rows whose splits are separate items.
+struct SharedRows {
+  std::unique_ptr<float[]> memory;
+  int64_t first_split, splits;
+  std::atomic<int64_t> unfinished;
+
+  SharedRows(int64_t first_split, int64_t splits, int64_t floats)
+      : memory(new float[splits * floats]), first_split(first_split), splits(splits), unfinished(splits) {}
+};
+
+struct Item {
+  const Sequence* sequence;
+  int64_t kv_head, first_row, rows;
+  int64_t first_key, end_key;  // that some row may see
+  int64_t first_split, end_split;
+  SharedRows* shared;  // null when the item covers all splits of its rows
+  int64_t cost;
+
+  int64_t first_key_of(int64_t split) const { return std::max(split * kSplitKeys, first_key / kTileKeys * kTileKeys); }
+  int64_t end_key_of(int64_t split) const { return std::min((split + 1) * kSplitKeys, end_key); }
+};
+
+// Memory of one thread, kept between calls because fresh pages cost more than a small decode step.
+class Scratch {
+ public:
+  float* reserve(size_t floats) {
+    if (floats > size_) {
+      memory_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float, Delete> memory_;
+  size_t size_ = 0;
+};
+
+template <typename T>
+class Worker {
+ public:
+  explicit Worker(const Problem<T>& problem) : p_(problem), width_(problem.width()) {
+    static thread_local Scratch scratch;
+    const int64_t q = kTileRows * p_.k_dim, keys = round_up(p_.k_dim, kLanes) * kTileKeys, values = kTileKeys * width_;
+    const int64_t partial = Partial::floats(kTileRows, width_);
+    keys_ = scratch.reserve(keys + values + 2 * partial + q);  // vectors first: they stay aligned
+    values_ = keys_ + keys;
+    total_ = Partial::at(values_ + values, kTileRows);
+    part_ = Partial::at(values_ + values + partial, kTileRows);
+    q_ = values_ + values + 2 * partial;
+  }
+
+  // `upcoming` is the item to run after this one, or null: its first keys are fetched from memory in the meantime.
+  void run(const Item& item, const Item* upcoming) {
+    const int64_t floats = Partial::floats(item.rows, width_);
+    load_queries(item);
+    if (!item.shared) start_total(item);
+    for (int64_t split = item.first_split; split < item.end_split; split++) {
+      Partial part = part_;
+      if (item.shared) part = Partial::at(&item.shared->memory[(split - item.shared->first_split) * floats], item.rows);
+      part.clear(item.rows, width_);
+      attend_split(item, split, part, upcoming);
+      if (!item.shared) merge(total_, part, item.rows, width_);
+    }
+    if (item.shared) {
+      if (item.shared->unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+      start_total(item);
+      for (int64_t split = 0; split < item.shared->splits; split++)
+        merge(total_, Partial::at(&item.shared->memory[split * floats], item.rows), item.rows, width_);
+    }
+    store_results(item);
+  }
+
+ private:
+  int64_t head(const Item& item, int64_t row) const {
+    return item.kv_head * p_.group() + (item.first_row + row) % p_.group();
+  }
+
+  int64_t query(const Item& item, int64_t row) const { return (item.first_row + row) / p_.group(); }
+
+  void load_queries(const Item& item) {
+    for (int64_t r = 0; r < item.rows; r++) {
+      const T* from = p_.q + item.sequence->q_offset + query(item, r) * p_.q_stride.token;
+      float* to = q_ + r * p_.k_dim;
+      load_row(from + head(item, r) * p_.q_stride.head, to, p_.k_dim);
+      for (int64_t d = 0; d < p_.k_dim; d++) to[d] *= p_.scale;
+      positions_[r] = item.sequence->length - item.sequence->queries + query(item, r);
+    }
+  }
+
+  // A sink is a key that everyone sees, with the sink as its score and zeros as its value.
+  void start_total(const Item& item) {
+    total_.clear(item.rows, width_);
+    if (p_.sinks.empty()) return;
+    for (int64_t r = 0; r < item.rows; r++) {
+      total_.max[r] = p_.sinks[head(item, r)];
+      total_.sum[r] = 1;
+    }
+  }
+
+  void attend_split(const Item& item, int64_t split, const Partial& part, const Item* upcoming) {
+    const int64_t end = item.end_key_of(split);
+    find_rows(item, item.first_key_of(split), end, rows_);
+    for (int64_t start = item.first_key_of(split); start < end; start += kTileKeys) {
+      if (start + kTileKeys < end)
+        find_rows(item, start + kTileKeys, end, next_);
+      else if (split + 1 < item.end_split)
+        find_rows(item, item.first_key_of(split + 1), item.end_key_of(split + 1), next_);
+      else if (upcoming)
+        find_rows(*upcoming, upcoming->first_key_of(upcoming->first_split),
+                  upcoming->end_key_of(upcoming->first_split), next_);
+      else
+        next_.count = 0;
+      pack(rows_, next_);
+      const Tile tile{keys_, values_, start, rows_.count};
+      for (int64_t r = 0; r < item.rows; r += kRowBlock)
+        attend_rows(std::min<int64_t>(kRowBlock, item.rows - r),
+                    {q_ + r * p_.k_dim, positions_ + r, part.from_row(r, width_)}, tile, p_.k_dim, width_, p_.window,
+                    p_.softcap);
+      std::swap(rows_, next_);
+    }
+  }
+
+  // Where the keys and values of a tile are.
+  struct TileRows {
+    int64_t count;
+    const T *keys[kTileKeys], *values[kTileKeys];
+  };
+
+  void find_rows(const Item& item, int64_t start, int64_t end, TileRows& rows) {
+    rows.count = std::min(kTileKeys, end - start);
+    const T* k = p_.k + item.sequence->k_offset + item.kv_head * p_.k_stride.head;
+    const T* v = p_.v + item.sequence->v_offset + item.kv_head * p_.v_stride.head;
+    int64_t block = start / p_.block_size, offset = start % p_.block_size;
+    for (int64_t j = 0; j < rows.count; block++, offset = 0) {
+      const int64_t number = item.sequence->blocks[block];
+      for (; j < rows.count && offset < p_.block_size; j++, offset++) {
+        rows.keys[j] = k + number * p_.k_stride.block + offset * p_.k_stride.token;
+        rows.values[j] = v + number * p_.v_stride.block + offset * p_.v_stride.token;
+      }
+    }
+  }
+
+  // Brings a tile into float32, the keys transposed, and meanwhile the next one into the processor's cache.
+  void pack(TileRows& rows, const TileRows& next) {
+    for (int64_t j = 0; j < rows.count; j++) {
+      if (j < next.count) {
+        prefetch(next.keys[j], p_.k_dim);
+        prefetch(next.values[j], p_.v_dim);
+      }
+      load_row(rows.values[j], values_ + j * width_, p_.v_dim);
+      std::fill(values_ + j * width_ + p_.v_dim, values_ + (j + 1) * width_, 0.0f);
+    }
+    for (int64_t j = rows.count; j < round_up(rows.count, kLanes); j++)
+      rows.keys[j] = rows.keys[rows.count - 1];  // whatever they hold is hidden later
+    for (int64_t j = 0; j < rows.count; j += kLanes) transpose_keys(rows.keys + j, keys_ + j);
+  }
+
+  static void prefetch(const T* row, int64_t n) {
+    for (int64_t d = 0; d < n; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+  }
+
+  void transpose_keys(const T* const* rows, float* to) {
+    for (int64_t d = 0; d < p_.k_dim; d += kLanes) {
+      Vec square[kLanes];
+      const bool whole = d + kLanes <= p_.k_dim;
+      for (int j = 0; j < kLanes; j++)
+        square[j] = whole ? load(rows[j] + d) : load_partial(rows[j] + d, p_.k_dim - d);
+      transpose(square);
+      for (int i = 0; i < kLanes; i++) store(to + (d + i) * kTileKeys, square[i]);
+    }
+  }
+
+  void store_results(const Item& item) {
+    for (int64_t r = 0; r < item.rows; r++) {
+      T* to = p_.out + item.sequence->out_offset + query(item, r) * p_.out_stride.token;
+      to += head(item, r) * p_.out_stride.head;
+      const float inverse = 1 / total_.sum[r];
+      for (int64_t d = 0; d < p_.v_dim; d++) to[d] = static_cast<T>(total_.acc[r * width_ + d] * inverse);
+    }
+  }
+
+  const Problem<T>& p_;
+  const int64_t width_;
+  float *keys_, *values_, *q_;
+  Partial total_, part_;
+  int64_t positions_[kTileRows];
+  TileRows rows_, next_;
+};
+
+// First key that the query at `position` sees.
+inline int64_t first_visible(int64_t position, int64_t window) {
+  return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+}
+
+template <typename T>
+std::vector<Item> make_items(const Problem<T>& p, std::deque<SharedRows>& shared) {
+  std::vector<Item> items;
+  for (const Sequence& sequence : p.sequences) {
+    const int64_t rows = sequence.queries * p.group();
+    const bool few_rows = rows <= kTileRows;
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t count = std::min(kTileRows, rows - row), before = sequence.length - sequence.queries;
+      const int64_t first_key = first_visible(before + row / p.group(), p.window);
+      const int64_t end_key = before + (row + count - 1) / p.group() + 1;
+      const int64_t first_split = first_key / kSplitKeys, end_split = (end_key - 1) / kSplitKeys + 1;
+      const bool share = few_rows && end_split - first_split > 1;
+      for (int64_t kv_head = 0; kv_head < p.kv_heads; kv_head++) {
+        SharedRows* parts = nullptr;
+        if (share) {
+          shared.emplace_back(first_split, end_split - first_split, Partial::floats(count, p.width()));
+          parts = &shared.back();
+        }
+        for (int64_t split = first_split; split < end_split; split += share ? 1 : end_split - first_split) {
+          const int64_t end = share ? split + 1 : end_split;
+          const int64_t keys = std::min(end * kSplitKeys, end_key) - std::max(split * kSplitKeys, first_key);
+          // Packing a key costs about as much as six rows' use of it.
+          items.push_back(
+              {&sequence, kv_head, row, count, first_key, end_key, split, end, parts, keys * (count + 6)});
+        }
+      }
+    }
+  }
+  return items;
+}
+
+template <typename T>
+void flash_attention(const Problem<T>& problem) {
+  std::deque<SharedRows> shared;
+  std::vector<Item> items = make_items(problem, shared);
+  // Long items first: then threads that take the next item when they are free finish at about the same time.
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  int64_t cost = 0;
+  for (const Item& item : items) cost += item.cost * (problem.k_dim + problem.v_dim);
+  constexpr int64_t kWorthAThread = 100'000;  // multiply-adds, about 5 us
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), cost / kWorthAThread + 1);
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    (void)begin, (void)end;  // a thread takes items until none is left, whichever part of the range it was given
+    Worker<T> worker(problem);
+    auto take = [&]() -> const Item* {
+      const size_t i = next.fetch_add(1, std::memory_order_relaxed);
+      return i < items.size() ? &items[i] : nullptr;
+    };
+    for (const Item *item = take(), *upcoming; item; item = upcoming) {
+      upcoming = take();
+      worker.run(*item, upcoming);
+    }
+  });
+}
+
+}  // namespace optc
