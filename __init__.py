@@ -1,3 +1,27 @@
 """optc: an ahead-of-time compiler for language models."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .optimizer.compile import compile
+    from .runtime import LLM, GenerationResult, SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "GenerationResult", "SamplingParams", "__version__", "compile"]
+
+_WHERE = {
+    "compile": ".optimizer.compile",
+    "LLM": ".runtime",
+    "GenerationResult": ".runtime",
+    "SamplingParams": ".runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use (PEP 562): the runtime must not pay for the compiler, nor `optc --help` for torch.
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name], __name__), name)

@@ -113,6 +113,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, s
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path)
+        path.chmod(0o644)
     except safetensors.SafetensorError as error:
         full = "No space left" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error

@@ -29,7 +29,7 @@ _loaded_digest: str | None = None
 
 
 @cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The processor's features as Linux names them; empty on other systems and other architectures."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
@@ -42,7 +42,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def supports(isa: str) -> bool:
     """Whether this machine runs code compiled for `isa`; False for a name that is not in `REQUIRED_FLAGS`."""
-    return isa in REQUIRED_FLAGS and REQUIRED_FLAGS[isa] <= _cpu_flags()
+    return isa in REQUIRED_FLAGS and REQUIRED_FLAGS[isa] <= cpu_flags()
 
 
 def host_isa() -> str:

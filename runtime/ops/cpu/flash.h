@@ -86,7 +86,7 @@ class Worker {
  public:
   explicit Worker(const Problem<T>& problem) : p_(problem), width_(problem.width()) {
     static thread_local Scratch scratch;
-    const int64_t q = kTileRows * p_.k_dim, keys = round_up(p_.k_dim, kLanes) * kTileKeys, values = kTileKeys * width_;
+    const int64_t q = kTileRows * p_.k_dim, keys = p_.k_dim * kTileKeys, values = kTileKeys * width_;
     const int64_t partial = Partial::floats(kTileRows, width_);
     keys_ = scratch.reserve(keys + values + 2 * partial + q);  // vectors first: they stay aligned
     values_ = keys_ + keys;
@@ -145,19 +145,19 @@ class Worker {
 
   void attend_split(const Item& item, int64_t split, const Partial& part, const Item* upcoming) {
     const int64_t end = item.end_key_of(split);
-    find_rows(item, item.first_key_of(split), end, rows_);
+    find_rows(item, item.first_key_of(split), end, *rows_);
     for (int64_t start = item.first_key_of(split); start < end; start += kTileKeys) {
       if (start + kTileKeys < end)
-        find_rows(item, start + kTileKeys, end, next_);
+        find_rows(item, start + kTileKeys, end, *next_);
       else if (split + 1 < item.end_split)
-        find_rows(item, item.first_key_of(split + 1), item.end_key_of(split + 1), next_);
+        find_rows(item, item.first_key_of(split + 1), item.end_key_of(split + 1), *next_);
       else if (upcoming)
         find_rows(*upcoming, upcoming->first_key_of(upcoming->first_split),
-                  upcoming->end_key_of(upcoming->first_split), next_);
+                  upcoming->end_key_of(upcoming->first_split), *next_);
       else
-        next_.count = 0;
-      pack(rows_, next_);
-      const Tile tile{keys_, values_, start, rows_.count};
+        next_->count = 0;
+      pack(*rows_, *next_);
+      const Tile tile{keys_, values_, start, rows_->count};
       for (int64_t r = 0; r < item.rows; r += kRowBlock)
         attend_rows(std::min<int64_t>(kRowBlock, item.rows - r),
                     {q_ + r * p_.k_dim, positions_ + r, part.from_row(r, width_)}, tile, p_.k_dim, width_, p_.window,
@@ -206,14 +206,17 @@ class Worker {
   }
 
   void transpose_keys(const T* const* rows, float* to) {
-    for (int64_t d = 0; d < p_.k_dim; d += kLanes) {
+    int64_t d = 0;
+    for (; d + kLanes <= p_.k_dim; d += kLanes) {
       Vec square[kLanes];
-      const bool whole = d + kLanes <= p_.k_dim;
-      for (int j = 0; j < kLanes; j++)
-        square[j] = whole ? load(rows[j] + d) : load_partial(rows[j] + d, p_.k_dim - d);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; j++) square[j] = load(rows[j] + d);
       transpose(square);
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) store(to + (d + i) * kTileKeys, square[i]);
     }
+    for (; d < p_.k_dim; d++)
+      for (int j = 0; j < kLanes; j++) to[d * kTileKeys + j] = static_cast<float>(rows[j][d]);
   }
 
   void store_results(const Item& item) {
@@ -230,7 +233,7 @@ class Worker {
   float *keys_, *values_, *q_;
   Partial total_, part_;
   int64_t positions_[kTileRows];
-  TileRows rows_, next_;
+  TileRows tile_rows_[2], *rows_ = &tile_rows_[0], *next_ = &tile_rows_[1];
 };
 
 // First key that the query at `position` sees.

@@ -82,14 +82,6 @@ inline void load_row(const T* from, float* to, int64_t n) {
   for (; i < n; i++) to[i] = static_cast<float>(from[i]);
 }
 
-// The first `n` < kLanes elements, then zeros.
-template <typename T>
-inline Vec load_partial(const T* from, int64_t n) {
-  float lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; i++) lanes[i] = static_cast<float>(from[i]);
-  return load(lanes);
-}
-
 template <int... Lane>
 inline Vec shuffle(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
 #ifdef __clang__

@@ -1,0 +1,174 @@
+"""The engine: schedule, execute, sample, commit; one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from .artifact import Artifact
+from .executor import Executor, StepInputs
+from .kv_cache import BlockPool
+from .params import SamplingParams
+from .request import Request
+from .sampler import sample
+from .scheduler import Scheduled, Scheduler
+
+MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_num_seqs: most sequences in a step.
+        max_num_batched_tokens: most tokens in a step; longer prompts run in chunks.
+        kv_cache_memory: bytes for the KV cache. None takes what `max_num_seqs` sequences of full length need, at most a
+            quarter of the memory that is available.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    kv_cache_memory: int | None = None
+
+
+class Engine:
+    """Runs requests over an artifact. Not thread-safe: one thread drives it.
+
+    Args:
+        artifact: opened and checked.
+        config: limits.
+        native: use the artifact's native code.
+
+    Raises:
+        ArtifactError: the code does not fit this machine.
+        RequestError: the memory for the KV cache does not hold a single block.
+    """
+
+    def __init__(self, artifact: Artifact, config: EngineConfig, *, native: bool = True) -> None:
+        manifest = artifact.manifest
+        self.manifest = manifest
+        self.pool = BlockPool(_num_blocks(artifact, config), manifest.block_size)
+        self.executor = Executor(artifact, num_blocks=self.pool.num_blocks, native=native)
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self._ids = itertools.count()
+        self._end_ids = frozenset(manifest.eos_token_ids)
+
+    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
+        """Queue a prompt.
+
+        Raises:
+            RequestError: the prompt is empty, holds ids out of range, or leaves no room for a single token.
+        """
+        ids = list(prompt_token_ids)
+        limit, vocab_size = self.manifest.model.max_model_len, self.manifest.model.vocab_size
+        if not ids:
+            raise RequestError("empty prompt: it has no tokens")
+        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab_size]:
+            raise RequestError(f"token id {wrong[0]!r} in the prompt: expected 0 to {vocab_size - 1}")
+        if len(ids) >= limit:
+            raise RequestError(f"the prompt has {len(ids)} tokens; the context length is {limit}, prompt and completion together")
+        longest = min(len(ids) + params.max_tokens, limit)
+        if self.pool.blocks_for(longest) > self.pool.num_blocks:
+            held = self.pool.num_blocks * self.pool.block_size
+            raise RequestError(f"the request needs {longest} tokens of KV cache, which holds {held}; raise kv_cache_memory or lower max_tokens")
+        number = next(self._ids)
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
+        request = Request(number, ids, params, seed, list(ids))
+        self.scheduler.add(request)
+        return request
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def abort(self, requests: Iterable[Request]) -> None:
+        """Drop requests that have not finished, and free their blocks."""
+        for request in requests:
+            self.scheduler.finish(request)
+
+    def step(self) -> list[Request]:
+        """Run one step; the requests that got a token in it. Those with a `finish_reason` have left the engine."""
+        step = self.scheduler.schedule()
+        logits = self.executor.run(self._inputs(step))
+        advanced = [s.request for s in step if s.reaches_end]
+        for scheduled in step:
+            scheduled.request.num_computed += scheduled.num_new
+        if not advanced:
+            return []
+        for request, token in zip(advanced, sample(logits, advanced), strict=True):
+            request.token_ids.append(token)
+            self._finish_if_done(request, token)
+        return advanced
+
+    def _finish_if_done(self, request: Request, token: int) -> None:
+        if token in self._end_ids and not request.params.ignore_eos:
+            request.finish_reason = "stop"
+        elif (
+            len(request.output_token_ids) >= request.params.max_tokens
+            or request.num_tokens >= self.manifest.model.max_model_len
+        ):
+            request.finish_reason = "length"
+        if request.finish_reason:
+            self.scheduler.finish(request)
+
+    def _inputs(self, step: Sequence[Scheduled]) -> StepInputs:
+        """Pack the step's tokens without padding."""
+        block_size = self.pool.block_size
+        counts = np.array([s.num_new for s in step])
+        starts = np.array([s.request.num_computed for s in step])
+        query_start_loc = np.concatenate([[0], counts.cumsum()])
+        table = np.zeros((len(step), max(len(s.request.blocks) for s in step)), dtype=np.int32)
+        tokens: list[int] = []
+        for row, s in enumerate(step):
+            table[row, : len(s.request.blocks)] = s.request.blocks
+            tokens += s.request.token_ids[s.request.num_computed : s.request.num_computed + s.num_new]
+        owner = np.repeat(np.arange(len(step)), counts)
+        positions = np.arange(len(tokens)) - np.repeat(query_start_loc[:-1] - starts, counts)
+        slots = table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        ends = [query_start_loc[row + 1] - 1 for row, s in enumerate(step) if s.reaches_end]
+        return StepInputs(
+            input_ids=torch.tensor(tokens, dtype=torch.int64),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            block_table=torch.from_numpy(table),
+            query_start_loc=_int32(query_start_loc),
+            seq_lens=_int32(starts + counts),
+            # A step of prompt chunks alone wants no logits; the program computes at least one row.
+            logits_indices=torch.tensor(ends or [0], dtype=torch.int64),
+        )
+
+
+def _int32(values: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(values.astype(np.int32))
+
+
+def _num_blocks(artifact: Artifact, config: EngineConfig) -> int:
+    manifest = artifact.manifest
+    per_block = max(1, manifest.memory.kv_bytes_per_token * manifest.block_size)
+    if config.kv_cache_memory is not None:
+        blocks = config.kv_cache_memory // per_block
+        if blocks < 1:
+            raise RequestError(f"kv_cache_memory={config.kv_cache_memory}: a block takes {per_block} bytes")
+        return blocks
+    per_sequence = -(-manifest.model.max_model_len // manifest.block_size)
+    affordable = int(_available_memory() * MEMORY_SHARE) // per_block
+    return max(1, min(config.max_num_seqs * per_sequence, affordable))
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            found = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,125 @@
+"""Running an artifact's step program: native code bound to memory-mapped weights, or the portable program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError
+from .artifact import Artifact
+from .manifest import NativeCode
+from .ops.kernels import cpu_flags, load_kernels
+from .program import decode_program
+
+logger = logging.getLogger("optc")
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """T packed tokens of B sequences; shapes and meanings as in the step program's contract (docs/artifact.md)."""
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    logits_indices: Tensor
+
+
+class Executor:
+    """The step program of an artifact over its own KV cache.
+
+    Args:
+        artifact: opened and checked.
+        num_blocks: blocks of the KV cache.
+        native: use native code if the artifact has it; off, only data is loaded.
+
+    Raises:
+        ArtifactError: the native code does not fit this machine or this torch, or does not match the weights.
+    """
+
+    def __init__(self, artifact: Artifact, *, num_blocks: int, native: bool = True) -> None:
+        manifest = artifact.manifest
+        self._names = [spec.name for spec in manifest.step.inputs]
+        self.constants = artifact.constants()
+        code = usable_code(artifact) if native else None
+        self.device = _device(manifest.target) if code is None else torch.device("cpu")
+        self.is_native = code is not None
+        self._run = self._load_native(artifact, code) if code else self._load_portable(artifact)
+        self.caches = {
+            spec.input_name: torch.zeros(
+                num_blocks,
+                spec.kv_heads,
+                manifest.block_size,
+                spec.k_dim + spec.v_dim,
+                dtype=getattr(torch, spec.dtype),
+                device=self.device,
+            )
+            for spec in manifest.kv_cache
+        }
+
+    def _load_native(self, artifact: Artifact, code: NativeCode) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+        assert code.step is not None and code.kernels is not None
+        load_kernels(artifact.file(code.kernels))
+        path = artifact.file(code.step)
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        except RuntimeError as error:
+            raise ArtifactError(f"{path}: cannot be loaded: {error}; compile the model again") from error
+        # Running before every constant is bound is a segmentation fault, so the names are compared first.
+        wanted = set(loader.get_constant_fqns())
+        bound = {name: self.constants[source] for name, source in code.constants.items() if name in wanted}
+        if missing := sorted(wanted - bound.keys()):
+            raise ArtifactError(f"{path}: wants the constant {missing[0]!r}, which the manifest does not map; compile the model again")
+        loader.load_constants(bound, False, True, True)
+        return loader.run
+
+    def _load_portable(self, artifact: Artifact) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+        constants = {name: value.to(self.device) for name, value in self.constants.items()}
+        step, names = decode_program(artifact.program(artifact.manifest.step.file), constants, self.device)
+        if names != self._names:
+            raise ArtifactError(f"{artifact.path}: the step program takes {names}, the manifest says {self._names}")
+        return lambda inputs: step(*inputs)
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Run one step: writes the new tokens' keys and values, returns logits f32[L, V] on the CPU."""
+        given = vars(inputs)
+        tensors = [self.caches[name] if name in self.caches else given[name].to(self.device) for name in self._names]
+        return self._run(tensors)[0].cpu()
+
+
+def usable_code(artifact: Artifact) -> NativeCode | None:
+    """The artifact's native code; None, with the reason logged, where it has none to run yet.
+
+    Raises:
+        ArtifactError: there is code, for another processor or another torch.
+    """
+    manifest = artifact.manifest
+    if manifest.backend == "eager":
+        return None
+    ready = [code for code in manifest.native if code.status == "ready"]
+    if not ready:
+        reason = "; ".join(code.reason or "pending" for code in manifest.native)
+        logger.warning("%s has no native code yet (%s); running the portable program, which is slow", artifact.path, reason)
+        return None
+    (code,) = ready
+    way_out = "compile the model again for this machine, or run the portable program with native=False (--no-native)"
+    if lacking := sorted(set(code.cpu_features) - cpu_flags()):
+        raise ArtifactError(
+            f"{artifact.path}: the code for {code.target} needs {', '.join(lacking)}, which this processor lacks; {way_out}"
+        )
+    version = ".".join(torch.__version__.split(".")[:2])
+    if code.torch_version != version:
+        raise ArtifactError(f"{artifact.path}: the code was made for torch {code.torch_version}, this is torch {version}; {way_out}")
+    return code
+
+
+def _device(target: str) -> torch.device:
+    on_gpu = not target.startswith("cpu") and target != "native" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")

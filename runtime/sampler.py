@@ -1,0 +1,63 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from .request import Request
+
+
+def sample(logits: Tensor, requests: list[Request]) -> list[int]:
+    """Choose the next token of each request and note the log-probabilities that were asked for.
+
+    Args:
+        logits: f32[L, V], one row a request; changed in place.
+        requests: L of them.
+
+    Returns:
+        L token ids. Row i depends on logits row i, the request's parameters, seed and length, and on nothing else.
+    """
+    greedy = logits.argmax(dim=-1).tolist()
+    tokens = []
+    for row, request in enumerate(requests):
+        params = request.params
+        reported = torch.log_softmax(logits[row], dim=-1) if params.logprobs is not None else None
+        token = greedy[row] if params.temperature == 0 else _draw(logits[row], request)
+        if reported is not None:
+            request.logprobs.append(_top_logprobs(reported, token, params.logprobs or 0))
+        tokens.append(token)
+    return tokens
+
+
+def _draw(logits: Tensor, request: Request) -> int:
+    params = request.params
+    logits = logits / params.temperature
+    if 0 < params.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
+    probabilities = torch.softmax(logits, dim=-1)
+    if params.top_p < 1:
+        probabilities = _nucleus(probabilities, params.top_p)
+    # The largest p / e with e exponential is a draw from p (the exponential-race form of the Gumbel-max trick).
+    noise = torch.empty_like(probabilities).exponential_(generator=_generator(request.seed, request.num_tokens))
+    return int((probabilities / noise).argmax())
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zero all but the fewest most likely tokens whose probabilities reach `top_p`."""
+    values, order = probabilities.sort(descending=True)
+    before = values.cumsum(dim=-1) - values
+    return torch.zeros_like(probabilities).scatter_(0, order, values.masked_fill(before >= top_p, 0.0))
+
+
+def _generator(seed: int, position: int) -> torch.Generator:
+    """Random numbers that depend on the request's seed and the position alone, so the batch has no say."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _top_logprobs(logprobs: Tensor, token: int, count: int) -> dict[int, float]:
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
+    return {token: float(logprobs[token]), **dict(zip(tokens.tolist(), values.tolist(), strict=True))}
