@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 
 import click
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
 from optc.optimizer.lowering.native import build_kernels
 from optc.runtime.ops.kernels import host_isa, load_kernels
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 16, 8, 64, 16
 SCALE = DIM**-0.5

@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -200,6 +201,7 @@ def _check_weight_files(folder: Path) -> None:
 
 def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    transformers.logging.disable_progress_bar()  # the command line shows the stage; a second bar would tear it
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from .. import __version__
@@ -30,6 +31,7 @@ from ..runtime.manifest import (
     identity_of,
 )
 from ..runtime.program import encode_program, program_ops, write_program
+from ..runtime.report import report_html
 from .capture import capture, capture_module
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Backend, CompileConfig
@@ -42,10 +44,18 @@ STEP_FILE, SCORE_FILE = "program/step.json", "program/score.json"
 
 @dataclass
 class Progress:
-    """Where the driver reports to. Every method may be replaced; the defaults are silent."""
+    """Where the driver reports to; the defaults are silent. `seconds` fills up with the time each stage took."""
 
-    stage: Callable[[str], AbstractContextManager[Any]] = field(default=lambda name: nullcontext())
+    show: Callable[[str], AbstractContextManager[Any]] = field(default=lambda stage: nullcontext())
     on_pass: Callable[[PassRecord], None] = field(default=lambda record: None)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with self.show(name):
+            yield
+        self.seconds[name] = time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ def compile(
     backend: Backend = "inductor",
     dtype: str = "auto",
     adapter: str | Path | None = None,
+    fp8: bool = False,
     force: bool = False,
     dump: str | Path | None = None,
     verify: bool = True,
@@ -83,6 +94,7 @@ def compile(
         backend: inductor (native code) or eager (the portable program alone).
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
         adapter: PEFT LoRA adapter folder to merge.
+        fp8: store the weights of the linear layers as FP8 E4M3, one scale a row.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
         verify: compare the logits after every pass with those before, in float32.
@@ -108,12 +120,15 @@ def compile(
         backend=backend,
         dtype=dtype,
         adapter=Path(adapter) if adapter is not None else None,
+        fp8=fp8,
         force=force,
         dump=Path(dump) if dump is not None else None,
         verify=verify,
         block_size=block_size,
         max_model_len=max_model_len,
     )
+    if fp8:
+        config.target.require("fp8")
     check_output(config.output, force=config.force)
     progress = progress or Progress()
     if isinstance(model, nn.Module):
@@ -225,7 +240,7 @@ def _write(
         files = file_records(folder)
     manifest = Manifest(
         identity="",
-        created_by=Versions(optc=__version__, torch=torch.__version__, transformers=transformers.__version__),
+        created_by=Versions(optc=__version__, torch=torch.__version__, transformers=version("transformers")),
         target=config.target.name,
         backend=config.backend,
         model=captured.record,
@@ -237,25 +252,28 @@ def _write(
         required_ops=tuple(sorted({op for program in encoded.values() for op in program_ops(program)})),
         native=native,
         passes=tuple(records),
-        memory=_memory_plan(folder, step.kv_cache),
+        stages=progress.seconds,
+        memory=_memory_plan(folder, step.kv_cache, config),
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(captured.checkpoint),
         generation=_sampling_defaults(captured.checkpoint),
         files=files,
     )
-    return manifest.model_copy(update={"identity": identity_of(manifest)})
+    manifest = manifest.model_copy(update={"identity": identity_of(manifest)})
+    (folder / "report.html").write_text(report_html(manifest), encoding="utf-8")
+    return manifest.model_copy(update={"files": file_records(folder, known=files)})
 
 
 def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progress) -> NativeCode:
     target = config.target
-    version = ".".join(torch.__version__.split(".")[:2])
+    torch_version = ".".join(torch.__version__.split(".")[:2])
     if not target.is_this_machine():
         return NativeCode(
             target=target.name,
             backend="inductor",
             status="pending",
             cpu_features=(),
-            torch_version=version,
+            torch_version=torch_version,
             constants={},
             step=None,
             kernels=None,
@@ -276,7 +294,7 @@ def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progres
         backend="inductor",
         status="ready",
         cpu_features=features,
-        torch_version=version,
+        torch_version=torch_version,
         constants={code_name: name for name, code_name in constant_names(step).items()},
         step=f"code/{target.name}/step.pt2",
         kernels=f"code/{target.name}/kernels.so",
@@ -299,10 +317,12 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint | None) -> TokenizerRe
     )
 
 
-def _memory_plan(folder: Path, layers: list[KVCacheSpec]) -> MemoryPlan:
+def _memory_plan(folder: Path, layers: list[KVCacheSpec], config: CompileConfig) -> MemoryPlan:
     weight_bytes = sum(path.stat().st_size for path in folder.glob("weights*.safetensors"))
     per_token = sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) for spec in layers)
-    return MemoryPlan(weight_bytes=weight_bytes, kv_bytes_per_token=per_token)
+    bandwidth = config.target.bandwidth_gbs
+    floor = weight_bytes / (bandwidth * 1e6) if bandwidth else None
+    return MemoryPlan(weight_bytes=weight_bytes, kv_bytes_per_token=per_token, decode_floor_ms=floor)
 
 
 def _eos_token_ids(checkpoint: Checkpoint | None) -> tuple[int, ...]:

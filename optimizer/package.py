@@ -119,12 +119,14 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file in `folder`, by its path inside."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path)) for path in files
-    }
+def file_records(folder: Path, known: dict[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Size and digest of every file in `folder`, by its path inside; those in `known` are not hashed again."""
+    records = dict(known or {})
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        if name not in records:
+            records[name] = FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
+    return records
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

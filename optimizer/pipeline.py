@@ -11,12 +11,16 @@ from ..passes.canonicalize import Canonicalize
 from ..passes.gather_logits import GatherLogits
 from ..passes.kv_cache import KVCache
 from ..passes.paged_attention import PagedAttention
+from ..passes.quantize_fp8 import QuantizeFp8
 from .config import CompileConfig
 
 
 def shared_passes(config: CompileConfig) -> list[Pass]:
     """Passes for both programs."""
-    return [Canonicalize()]
+    passes: list[Pass] = [Canonicalize()]
+    if config.fp8:
+        passes += [QuantizeFp8()]
+    return passes
 
 
 def step_passes(config: CompileConfig) -> list[Pass]:

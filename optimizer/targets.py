@@ -34,6 +34,16 @@ class Target:
     def isa(self) -> str | None:
         return self.architecture if self.device == "cpu" else None
 
+    def require(self, dtype: str) -> None:
+        """Refuse a dtype that the target has no fast arithmetic for.
+
+        Raises:
+            TargetError: names the targets that have it.
+        """
+        if dtype not in self.tflops:
+            able = ", ".join(target.name for target in TARGETS.values() if dtype in target.tflops)
+            raise TargetError(f"--{dtype} for {self.name}: {self.architecture} has no {dtype.upper()} arithmetic; targets that have: {able}")
+
     def is_this_machine(self) -> bool:
         """Whether native code for the target can be made here. CPU code can be, for any instruction set."""
         return self.device == "cpu"
@@ -58,6 +68,8 @@ TARGETS: dict[str, Target] = {
         _cuda("b200", "sm_100", 180, 8000, float16=2250, bfloat16=2250, int8=4500, fp8=4500),
         Target(name="cpu-avx2", device="cpu", architecture="avx2"),
         Target(name="cpu-avx512", device="cpu", architecture="avx512"),
+        # Matrix products go through oneDNN, which takes AMX where it finds it; optc's own code is AVX-512.
+        Target(name="cpu-amx", device="cpu", architecture="avx512"),
         Target(name="cpu-generic", device="cpu", architecture="generic"),
     )
 }

@@ -104,7 +104,7 @@ def _addmm(program: Program, node: fx.Node, result: Result) -> int:
     if weight.op != "get_attr" or node.kwargs or value_of(bias).dim() != 1:
         result.decline(node, "addmm of computed operands")
         return 0
-    name = f"{weight.target}.transposed"
+    name = f"{weight.target}_transposed"
     with replacing(program.graph, node) as new:
         if name not in program.sources:
             source = program.sources.get(str(weight.target), str(weight.target))

@@ -113,6 +113,9 @@ class ModelRecord(Record):
 class MemoryPlan(Record):
     weight_bytes: int
     kv_bytes_per_token: int
+    decode_floor_ms: float | None = Field(
+        default=None, description="weight bytes over the target's memory bandwidth: no decode step of one sequence is faster"
+    )
 
 
 class TokenizerRecord(Record):
@@ -147,6 +150,7 @@ class Manifest(Record):
     required_ops: tuple[str, ...]
     native: tuple[NativeCode, ...]
     passes: tuple[PassRecord, ...]
+    stages: dict[str, float] = Field(description="seconds of each stage of the compilation")
     memory: MemoryPlan
     tokenizer: TokenizerRecord | None
     eos_token_ids: tuple[int, ...]
@@ -156,10 +160,16 @@ class Manifest(Record):
 
 def identity_of(manifest: Manifest) -> str:
     """sha256 over the parts of `manifest` that decide the tokens: not timings, not its own field, not native code."""
-    content = manifest.model_dump(mode="json", exclude={"identity", "native", "files"})
+    content = manifest.model_dump(mode="json", exclude={"identity", "native", "files", "stages"})
     for record in content["passes"]:
         del record["seconds"]
+    for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
+        del content["model"][where]
     content["data"] = {
         name: record.sha256 for name, record in sorted(manifest.files.items()) if not name.startswith(("code/", "report"))
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    print(json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True))

@@ -71,7 +71,7 @@ def _command(isa: str) -> list[str]:
             f"cannot compile {isa} kernels on a {platform.machine()} machine; use generic, or compile on x86-64"
         )
     # -fno-math-errno -fno-trapping-math: nobody reads errno or floating-point exceptions, and selects vectorise.
-    options = "-O3 -std=c++17 -fPIC -shared -fvisibility=hidden -fno-math-errno -fno-trapping-math".split()
+    options = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     include = Path(torch.__file__).parent / "include"
     defines = [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
     march = [_MARCH[isa]] if is_x86 else []

@@ -21,7 +21,7 @@ from . import attention  # noqa: F401  the ops must be defined before kernels at
 _AVX2 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
-# What /proc/cpuinfo must list for each instruction set, best first. They are the x86-64-v4 and v3 levels of the x86 ABI.
+# What /proc/cpuinfo must list for each instruction set, best first: the x86-64-v4 and v3 levels of the x86 ABI.
 REQUIRED_FLAGS: dict[str, frozenset[str]] = {"avx512": _AVX512, "avx2": _AVX2, "generic": frozenset()}
 
 _lock = threading.Lock()
@@ -58,8 +58,8 @@ def kernels_loaded() -> bool:
 def load_kernels(path: Path) -> None:
     """Register the kernels of the shared library at `path`.
 
-    An op has one kernel per device, so the first library of a process stays: later calls, with the same file or another,
-    change nothing. The path is still read, so that a missing file is never overlooked.
+    An op has one kernel per device, so the first library of a process stays: later calls, with the same file or
+    another, change nothing. The path is still read, so that a missing file is never overlooked.
 
     Raises:
         ArtifactError: the file cannot be read, or is not a library that this process can load.

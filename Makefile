@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and g++: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all check format schema bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/optc compile examples/tiny-llama -o build/tiny.optc --force
+	$(BIN)/optc run build/tiny.optc -p "def read_lines(path):" -n 96
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(INSTALLED)
+	$(BIN)/python -m optc.runtime.manifest > docs/manifest.schema.json
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/foundation.py
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,150 @@
+"""The runtime's commands: run, inspect."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+
+@click.command("run", short_help="Generate text from an artifact.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="The prompt; - reads standard input.")
+@click.option("--token-ids", metavar="IDS", help="The prompt as token ids, separated by commas.")
+@click.option("--chat", is_flag=True, help="Use the chat template; without -p, talk line by line.")
+@click.option("-n", "--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]")
+@click.option("--top-k", type=int, help="0 is all.  [default: the model's]")
+@click.option("--top-p", type=float, help="[default: the model's]")
+@click.option("--seed", type=int, help="Same seed, same tokens.")
+@click.option("--no-native", is_flag=True, help="Load no native code: only data, run by known ops.")
+@click.option("--verify", is_flag=True, help="Hash every file first, even if that was done before.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the completion only.")
+def run_command(
+    artifact: Path,
+    prompt: str | None,
+    token_ids: str | None,
+    chat: bool,
+    no_native: bool,
+    verify: bool,
+    quiet: bool,
+    max_tokens: int,
+    **sampling: Any,
+) -> None:
+    """Generate from ARTIFACT, streaming the text as it comes.
+
+    \b
+    Examples:
+      optc run my.optc -p "def main("
+      optc run my.optc --chat
+      echo "Once upon a time" | optc run my.optc -p - --temperature 0.8 --seed 1
+      optc run my.optc --token-ids 1,17,42
+    """
+    if prompt is not None and token_ids is not None:
+        raise UsageError("give --prompt or --token-ids, not both")
+    if prompt is None and token_ids is None and not chat:
+        raise UsageError("give a prompt with -p (or -p - for standard input), --token-ids, or --chat")
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from .llm import LLM
+
+    started = time.perf_counter()
+    llm = LLM(artifact, native=not no_native, verify=verify, max_num_seqs=1)
+    loaded = time.perf_counter() - started
+    options = {"max_tokens": max_tokens, **_sampling(llm.manifest.generation, sampling)}
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if token_ids is not None:
+        result = llm.generate(_parse_ids(token_ids), **options)[0]
+        click.echo(",".join(map(str, result.token_ids)))
+    elif chat and prompt is None:
+        _converse(llm, options)
+    else:
+        assert prompt is not None
+        ids = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
+        count, seconds = _print_stream(llm.stream(ids, **options))
+        if not quiet:
+            click.echo(f"[loaded in {loaded:.2f} s; {count} pieces in {seconds:.2f} s]", err=True)
+
+
+def _sampling(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The command line's parameters, over those of the model's generation_config.json if that samples."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if defaults.get("do_sample") and "temperature" not in options:
+        base = {"temperature": 1.0, **{name: defaults[name] for name in ("temperature", "top_k", "top_p") if name in defaults}}
+        options = base | options
+    return options
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--token-ids {text!r}: expected integers separated by commas") from error
+
+
+def _print_stream(pieces: Iterator[str]) -> tuple[int, float]:
+    started, count = time.perf_counter(), 0
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        count += 1
+    click.echo()
+    return count, time.perf_counter() - started
+
+
+def _converse(llm: LLM, options: dict[str, Any]) -> None:
+    messages: list[dict[str, str]] = []
+    for line in sys.stdin if not sys.stdin.isatty() else _typed_lines():
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        answer = ""
+        for piece in llm.stream(llm.chat_prompt(messages), **options):
+            click.echo(piece, nl=False)
+            answer += piece
+        click.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            yield click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
+        except click.Abort:
+            return
+
+
+@click.command("inspect", short_help="Show what is in an artifact.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--verify", is_flag=True, help="Check the digest of every file.")
+def inspect_command(artifact: Path, as_json: bool, verify: bool) -> None:
+    """Show the model, target, KV cache, passes and files of ARTIFACT.
+
+    \b
+    Examples:
+      optc inspect my.optc
+      optc inspect my.optc --json | jq .identity
+      optc inspect my.optc --verify
+    """
+    from .artifact import open_artifact, read_manifest
+    from .report import report_tables
+
+    manifest = open_artifact(artifact, verify=True).manifest if verify else read_manifest(artifact)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=1))
+        return
+    console = Console()
+    for table in report_tables(manifest):
+        console.print(table)
+    if verify:
+        click.echo("every file matches its digest")

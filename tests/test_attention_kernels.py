@@ -1,0 +1,423 @@
+"""The native attention kernels against the reference implementations, which are called directly.
+
+`OPTC_TEST_ISA` picks the instruction set; `test_other_isas` runs part of this file again under each one the host has.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optc.errors import ArtifactError, LoweringError
+from optc.optimizer.lowering.native import build_kernels
+from optc.runtime.ops import kernels
+from optc.runtime.ops.attention import attention_reference, kv_cache_write_reference, paged_attention_reference
+from optc.runtime.ops.kernels import host_isa, kernels_loaded, load_kernels, supports
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+OPS = torch.ops.optc
+
+# Half a unit in the last place of a 16-bit result, and what float32 arithmetic in another order adds.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
+
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native() -> None:
+    load_kernels(build_kernels(os.environ.get("OPTC_TEST_ISA", host_isa())))
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A batch of sequences, each of `length` tokens of which the last `queries` are attended for."""
+
+    sequences: tuple[tuple[int, int], ...] = ((3, 7),)  # (queries, length)
+    kv_heads: int = 2
+    group: int = 2
+    k_dim: int = 16
+    v_dim: int = 16
+    block_size: int = 16
+    padding: int = 0
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    strided: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def options(self) -> tuple[float, int, float]:
+        return self.k_dim**-0.5, self.window, self.softcap
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal numbers; if `strided`, not contiguous but with adjacent elements in the last dimension."""
+        if self.strided:
+            *rest, tokens, heads, dim = shape
+            return torch.randn(*rest, heads, tokens, dim + 3)[..., :dim].to(self.dtype).transpose(-2, -3)
+        return torch.randn(shape).to(self.dtype)
+
+    def random_sinks(self) -> Tensor | None:
+        return torch.randn(self.kv_heads * self.group).to(self.dtype) if self.sinks else None
+
+    def attention_args(self) -> tuple[object, ...]:
+        """For optc::attention: as many sequences, all as long as the first."""
+        torch.manual_seed(self.seed)
+        batch, tokens = len(self.sequences), self.sequences[0][1]
+        q = self.random(batch, self.kv_heads * self.group, tokens, self.k_dim)
+        k = self.random(batch, self.kv_heads, tokens, self.k_dim)
+        v = self.random(batch, self.kv_heads, tokens, self.v_dim)
+        return q, k, v, *self.options, self.random_sinks(), 0
+
+    def paged_args(self) -> tuple[object, ...]:
+        """For optc::paged_attention. Cache slots of no token hold NaN, entries of block_table past a sequence -1."""
+        torch.manual_seed(self.seed)
+        needed = [-(-length // self.block_size) for _, length in self.sequences]
+        num_blocks = sum(needed) + 2
+        free = torch.randperm(num_blocks, dtype=torch.int32).tolist()
+        cache = torch.full((num_blocks, self.kv_heads, self.block_size, self.k_dim + self.v_dim), float("nan"))
+        table = torch.full((len(self.sequences), max(needed, default=0) + 1), -1, dtype=torch.int32)
+        for b, (_, length) in enumerate(self.sequences):
+            for i in range(needed[b]):
+                table[b, i] = block = free.pop()
+                used = min(self.block_size, length - i * self.block_size)
+                cache[block, :, :used] = torch.randn(self.kv_heads, used, self.k_dim + self.v_dim)
+        starts = torch.tensor([0, *(queries for queries, _ in self.sequences)]).cumsum(0).int()
+        lengths = torch.tensor([length for _, length in self.sequences], dtype=torch.int32)
+        q = self.random(int(starts[-1]) + self.padding, self.kv_heads * self.group, self.k_dim)
+        cache = cache.to(self.dtype)
+        return q, cache, table, starts, lengths, self.v_dim, *self.options, self.random_sinks()
+
+
+def in_float32(args: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def check_attention(case: Case) -> None:
+    args = case.attention_args()
+    out = OPS.attention(*args)
+    assert out.dtype == case.dtype
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.float(), attention_reference(*in_float32(args)), atol=1e-5, rtol=tolerance)
+
+
+def check_paged(case: Case) -> None:
+    args = case.paged_args()
+    out = OPS.paged_attention(*args)
+    assert out.dtype == case.dtype
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(out.float(), paged_attention_reference(*in_float32(args)), atol=1e-5, rtol=tolerance)
+    assert not out[out.shape[0] - case.padding :].any()
+
+
+HEAD_DIMS = st.sampled_from([8, 16, 40, 64, 80, 96, 128, 256]) | st.integers(1, 50)
+
+GEOMETRY = {
+    "kv_heads": st.integers(1, 3),
+    "group": st.sampled_from([1, 2, 3, 4, 7, 16]),
+    "k_dim": HEAD_DIMS,
+    "v_dim": HEAD_DIMS,
+    "window": st.just(0) | st.integers(1, 200),
+    "softcap": st.sampled_from([0.0, 1.0, 30.0]),
+    "sinks": st.booleans(),
+    "strided": st.booleans(),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 1000),
+}
+
+
+def sequences(max_queries: int, max_context: int) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
+    """Prompts, chunks of prompts with a context before them, single tokens and sequences that skip this step."""
+    queries = st.sampled_from([0, 1, 1, 2]) | st.integers(1, max_queries)
+    pair = st.tuples(queries, st.just(0) | st.integers(0, max_context)).map(lambda p: (p[0], p[0] + p[1]))
+    return st.lists(pair, min_size=0, max_size=5).map(tuple)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        sequences=st.tuples(st.integers(1, 3), st.integers(0, 150)).map(lambda p: ((0, p[1]),) * p[0]),
+        **GEOMETRY,
+    )
+)
+def test_attention(case: Case) -> None:
+    check_attention(case)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        sequences=sequences(70, 300),
+        block_size=st.sampled_from([8, 16, 32, 5]),
+        padding=st.integers(0, 3),
+        **GEOMETRY,
+    )
+)
+def test_paged_attention(case: Case) -> None:
+    check_paged(case)
+
+
+# A few cases that between them reach every path; they are also what `test_other_isas` runs.
+FIXED = [
+    Case(sequences=((1, 1), (1, 130), (70, 70), (5, 300), (0, 9)), padding=2, k_dim=64, v_dim=64),
+    Case(sequences=((40, 290), (1, 700)), k_dim=80, v_dim=96, group=3, window=100, sinks=True),
+    Case(sequences=((33, 33), (2, 515)), k_dim=13, v_dim=7, kv_heads=1, group=8, softcap=2.0, block_size=8),
+    Case(sequences=((130, 130),), k_dim=128, v_dim=40, kv_heads=1, group=1, sinks=True, strided=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FIXED)
+def test_fixed(case: Case, dtype: torch.dtype) -> None:
+    check_paged(replace(case, dtype=dtype))
+    check_attention(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_other_isas(isa: str) -> None:
+    if isa == os.environ.get("OPTC_TEST_ISA", host_isa()):
+        pytest.skip("the instruction set of all other tests")
+    if not supports(isa):
+        pytest.skip(f"this machine has no {isa}")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_fixed or test_same", __file__],
+        env=os.environ | {"OPTC_TEST_ISA": isa},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("case", [Case(), Case(window=500), Case(sinks=True, softcap=20.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_context(case: Case, dtype: torch.dtype) -> None:
+    sequences = ((1, 5000), (3, 2048), (120, 4097), (1, 257))
+    check_paged(replace(case, sequences=sequences, k_dim=64, v_dim=64, dtype=dtype))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_extreme_scores(softcap: float) -> None:
+    """Scores in the tens of thousands, exact because queries and keys are small integers."""
+    args = Case(sequences=((90, 400), (1, 300)), k_dim=64, softcap=softcap, window=350).paged_args()
+    q, cache = args[0], args[1]
+    assert isinstance(q, Tensor) and isinstance(cache, Tensor)
+    q.mul_(10).round_()
+    cache[..., :64].mul_(10).round_()
+    exact = (q, cache, *args[2:6], 1.0, *args[7:])
+    out = OPS.paged_attention(*exact)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, paged_attention_reference(*exact), atol=1e-5, rtol=1e-5)
+
+
+def test_nan_stays_visible() -> None:
+    """A broken query gives NaN, not a number that looks like an answer, and leaves the other rows alone."""
+    args = Case(sequences=((4, 100), (1, 300)), sinks=True).paged_args()
+    q = args[0]
+    assert isinstance(q, Tensor)
+    q[2, 1] = float("nan")
+    nan = OPS.paged_attention(*args).isnan().all(-1)
+    assert nan.nonzero().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"window": 90, "sinks": True}, {"k_dim": 20, "v_dim": 12, "softcap": 5.0}])
+def test_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """A token's attention does not depend on the other sequences, the threads, or how its sequence is cut in chunks."""
+    case = replace(Case(sequences=((1, 900), (70, 600), (37, 37), (1, 1)), group=3, dtype=dtype), **options)
+    q, cache, table, starts, lengths, *rest = case.paged_args()
+    assert isinstance(q, Tensor) and isinstance(table, Tensor) and isinstance(lengths, Tensor)
+    torch.set_num_threads(2)
+    together = OPS.paged_attention(q, cache, table, starts, lengths, *rest)
+    start = 0
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        start = 0
+        for b, (queries, length) in enumerate(case.sequences):
+            for chunk in (queries, 13, 1):
+                for first in range(0, queries, chunk):
+                    last = min(first + chunk, queries)
+                    alone = OPS.paged_attention(
+                        q[start + first : start + last],
+                        cache,
+                        table[b : b + 1],
+                        torch.tensor([0, last - first], dtype=torch.int32),
+                        torch.tensor([length - queries + last], dtype=torch.int32),
+                        *rest,
+                    )
+                    assert torch.equal(alone, together[start + first : start + last])
+            start += queries
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 60),
+    kv_heads=st.integers(1, 4),
+    dims=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    block_size=st.sampled_from([8, 16, 32]),
+    strided=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_kv_cache_write(
+    tokens: int, kv_heads: int, dims: tuple[int, int], block_size: int, strided: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    case = Case(strided=strided, dtype=dtype)
+    k, v = (case.random(tokens, kv_heads, dim) for dim in dims)
+    num_blocks = tokens // block_size + 2
+    cache = torch.randn(num_blocks, kv_heads, block_size, sum(dims)).to(dtype)
+    slots = torch.randperm(num_blocks * block_size)[:tokens]
+    slots[torch.rand(tokens) < 0.2] = -1
+    expected = cache.clone()
+    kv_cache_write_reference(k, v, expected, slots)
+    OPS.kv_cache_write(k, v, cache, slots)
+    assert torch.equal(cache, expected)
+
+
+def test_columns_that_are_not_adjacent() -> None:
+    """A last dimension with a stride is copied, not misread."""
+    q, k, v = (torch.randn(2, 4, 16, 9).transpose(2, 3) for _ in range(3))
+    torch.testing.assert_close(
+        OPS.attention(q, k, v, 0.25, 0, 0.0, None, 0),
+        attention_reference(q, k, v, 0.25, 0, 0.0, None, 0),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_reference_is_sdpa(group: int) -> None:
+    q, k, v = torch.randn(2, 2 * group, 50, 32), torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 24)
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    out = attention_reference(q, k, v, 0.3, 0, 0.0, None, 0)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    tests = ("test_schema", "test_faketensor")
+    case = Case(sequences=((4, 20), (1, 20)), v_dim=24, sinks=True, dtype=dtype)
+    args = list(case.paged_args())
+    assert isinstance(args[1], Tensor)
+    args[1] = args[1].nan_to_num()  # the schema check compares inputs before and after, and NaN differs from itself
+    torch.library.opcheck(OPS.paged_attention.default, tuple(args), test_utils=tests)
+    torch.library.opcheck(OPS.attention.default, case.attention_args(), test_utils=tests)
+    k, v, cache = (torch.randn(shape).to(dtype) for shape in [(3, 2, 8), (3, 2, 4), (5, 2, 8, 12)])
+    torch.library.opcheck(OPS.kv_cache_write.default, (k, v, cache, torch.tensor([7, -1, 39])), test_utils=tests)
+
+
+PAGED_ARGS = ("q", "kv_cache", "block_table", "query_start_loc", "seq_lens", "v_dim")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("block_table", torch.tensor([[0, 99]], dtype=torch.int32), r"block_table\[0, 1\] is 99, but kv_cache has 4"),
+        ("block_table", torch.tensor([[-1, 0]], dtype=torch.int32), r"block_table\[0, 0\] is -1"),
+        ("block_table", torch.tensor([[0]], dtype=torch.int32), r"seq_lens\[0\] is 20"),
+        ("block_table", torch.tensor([[0, 1]]), "block_table has dtype Long, expected Int"),
+        ("seq_lens", torch.tensor([49], dtype=torch.int32), r"seq_lens\[0\] is 49.*at most the 48 slots"),
+        ("seq_lens", torch.tensor([3], dtype=torch.int32), "at least its 4 query tokens"),
+        ("query_start_loc", torch.tensor([0, 5], dtype=torch.int32), "but q has 4 tokens"),
+        ("query_start_loc", torch.tensor([3, 1], dtype=torch.int32), r"query_start_loc\[0:2\] is \[3, 1\]"),
+        ("query_start_loc", torch.tensor([-1, 1], dtype=torch.int32), r"query_start_loc\[0\] is -1"),
+        ("q", torch.randn(4, 4, 16).bfloat16(), "kv_cache has dtype Float, expected BFloat16"),
+        ("q", torch.randn(4, 3, 16), "3 query heads cannot share 2 KV heads evenly"),
+        ("v_dim", 15, r"kv_cache has shape \[4, 2, 16, 32\], expected \[\*, 2, 16, 31\]"),
+    ],
+)
+def test_bad_batches_raise(argument: str, value: object, message: str) -> None:
+    args = list(Case(sequences=((4, 20),)).paged_args())
+    args[PAGED_ARGS.index(argument)] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.paged_attention(*args)
+
+
+def test_bad_writes_raise_and_write_nothing() -> None:
+    k, v, cache = torch.randn(3, 2, 8), torch.randn(3, 2, 4), torch.zeros(5, 2, 8, 12)
+    with pytest.raises(RuntimeError, match=r"slot_mapping\[2\] is 40, but kv_cache has 40 slots"):
+        OPS.kv_cache_write(k, v, cache, torch.tensor([0, 1, 40]))
+    with pytest.raises(RuntimeError, match="k has dtype Float, expected BFloat16"):
+        OPS.kv_cache_write(k, v, cache.bfloat16(), torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match=r"slot_mapping has shape \[2\], expected \[3\]"):
+        OPS.kv_cache_write(k, v, cache, torch.tensor([0, 1]))
+    assert not cache.any()
+
+
+def test_bad_attention_raises() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(RuntimeError, match=r"v has shape \[1, 2, 4, 8\], expected \[1, 2, 5, 8\]"):
+        OPS.attention(q, q, q[:, :, :4], 1.0, 0, 0.0, None, 0)
+    with pytest.raises(RuntimeError, match="supports float32, bfloat16 and float16 on the CPU, not Double"):
+        OPS.attention(q.double(), q.double(), q.double(), 1.0, 0, 0.0, None, 0)
+    with pytest.raises(RuntimeError, match=r"sinks has shape \[3\], expected \[2\]"):
+        OPS.attention(q, q, q, 1.0, 0, 0.0, torch.zeros(3), 0)
+
+
+def test_the_first_library_stays(tmp_path: Path) -> None:
+    assert kernels_loaded()
+    load_kernels(build_kernels("generic"))
+    with pytest.raises(ArtifactError, match=r"cannot read the kernels library .*missing\.so: No such file"):
+        load_kernels(tmp_path / "missing.so")
+
+
+def test_a_broken_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_loaded_digest", None)
+    (tmp_path / "kernels.so").write_bytes(b"not a library")
+    with pytest.raises(
+        ArtifactError, match=r"cannot load the kernels library .*kernels\.so: .*compile the model again"
+    ):
+        load_kernels(tmp_path / "kernels.so")
+
+
+def test_build_is_cached() -> None:
+    first = build_kernels("generic")
+    written = first.stat().st_mtime_ns
+    assert build_kernels("generic") == first and first.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("no-such-compiler", "cannot run the C.. compiler 'no-such-compiler'.*eager"), ("false", "'false' failed.*eager")],
+)
+def test_build_without_compiler(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(LoweringError, match=message):
+        build_kernels("generic")
+
+
+def test_build_for_unknown_isa() -> None:
+    with pytest.raises(LoweringError, match="unknown instruction set 'sse9', expected one of avx512, avx2, generic"):
+        build_kernels("sse9")
+    assert not supports("sse9")
+    assert supports(host_isa()) and supports("generic")
+
+
+def test_loader_imports_no_compiler() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import optc.runtime.ops.kernels;"
+        "print([m for m in set(sys.modules) - before if m.split('.')[0] in ('sympy', 'transformers')"
+        " or m.startswith(('torch._inductor', 'torch._dynamo'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
