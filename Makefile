@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TYPED := -p optc.optimizer -p optc.passes -p optc.runtime -m optc -m optc.cli -m optc.errors
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-all check format schema bench clean
@@ -19,14 +20,15 @@ test-all: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p .mypy_cache/path && ln -sfn "$(CURDIR)" .mypy_cache/path/optc  # the root is the package: give it its name
+	MYPYPATH=.mypy_cache/path $(BIN)/mypy $(TYPED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 schema: $(INSTALLED)
-	$(BIN)/python -m optc.runtime.manifest > docs/manifest.schema.json
+	$(BIN)/python -c "from optc.runtime.manifest import schema_json; print(schema_json(), end='')" > docs/manifest.schema.json
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py

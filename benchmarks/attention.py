@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 
 import click
 import torch
-from optc.optimizer.lowering.native import build_kernels
-from optc.runtime.ops.kernels import host_isa, load_kernels
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from optc.optimizer.lowering.native import build_kernels
+from optc.runtime.ops.kernels import host_isa, load_kernels
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 16, 8, 64, 16
 SCALE = DIM**-0.5
@@ -72,7 +73,8 @@ def calls(batch: int, queries: int, length: int, copies: int, dtype: torch.dtype
 
     def native() -> Tensor:
         q, cache, table = next(ours)
-        return torch.ops.optc.paged_attention(q, cache, table, starts, lengths, DIM, SCALE, 0, 0.0, None)
+        out: Tensor = torch.ops.optc.paged_attention(q, cache, table, starts, lengths, DIM, SCALE, 0, 0.0, None)
+        return out
 
     def sdpa() -> Tensor:
         q, k, v = next(theirs)

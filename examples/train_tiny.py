@@ -115,7 +115,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, ids: torch.Tensor, bos: int, window: int = CONTEXT) -> float:
-    """exp of the mean negative log-likelihood over non-overlapping windows, each starting with BOS."""
+    """Exp of the mean negative log-likelihood over non-overlapping windows, each starting with BOS."""
     total, count = 0.0, 0
     for start in range(0, len(ids), window - 1):
         chunk = torch.cat([torch.tensor([bos]), ids[start : start + window - 1]])[None]
@@ -162,9 +162,17 @@ def main(out: Path, steps: int, batch: int, seed: int) -> None:
     optimizers = build_optimizers(model)
     base_rates = [o.param_groups[0]["lr"] for o in optimizers]
     forward = torch.compile(model)
-    click.echo(f"{len(train)} files, {len(ids):,} tokens; held out {len(held_out)} files, {len(held_ids):,} tokens shipped")
+    click.echo(
+        f"{len(train)} files, {len(ids):,} tokens; held out {len(held_out)} files, {len(held_ids):,} tokens shipped"
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("train", total=steps)
         for step in range(steps):

@@ -82,7 +82,9 @@ def main() -> None:
     program = capture_module(TinyModel(), example, max_model_len=128)
     probe = Probe.random(vocab_size=64, max_len=128)
     for record in run_passes(program, [Canonicalize(), MergeSilu()], probe=probe):
-        print(f"{record.name}: {record.matches} rewrites, declined {list(record.declined)}, max error {record.max_error:.1e}")
+        print(
+            f"{record.name}: {record.matches} rewrites, declined {list(record.declined)}, max error {record.max_error:.1e}"
+        )
     try:
         run_passes(program, [DropSilu()], probe=probe)
     except VerificationError as error:

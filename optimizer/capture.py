@@ -12,6 +12,8 @@ The only place, with `checkpoint.py`, that knows transformers. While a model is 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations import moe
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -27,6 +30,7 @@ from ..errors import UnsupportedModelError
 from ..passes.graph import Program, get_weight, propagate
 from ..runtime import ops as _ops
 from ..runtime.manifest import TensorSpec
+from ..runtime.program import is_known_op
 
 IMPLEMENTATION = "optc"
 _EXAMPLE_TOKENS = 7
@@ -34,9 +38,15 @@ _EXAMPLE_TOKENS = 7
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A causal mask, described: what a model passes around in place of a mask tensor while it is captured."""
+    """A mask, described: what a model passes around in place of a mask tensor while it is captured.
 
-    window: int  # 0 is unlimited
+    Attributes:
+        window: how many last tokens a query sees, itself included; 0 is all.
+        problem: why optc cannot attend with it. Models build masks that no layer uses, so only using it is refused.
+    """
+
+    window: int = 0
+    problem: str = ""
 
     def __getitem__(self, item: object) -> MaskSpec:
         return self  # modelling files slice their mask to the key length
@@ -47,21 +57,49 @@ class MaskSpec:
 
 @dataclass
 class Recorder:
-    """What happened while a model was captured: the modules that went through optc's attention, in order."""
+    """What happens while a model is captured.
 
+    Attributes:
+        max_model_len: largest number of tokens a sequence may have; masks are compared up to there.
+        called: the modules that went through optc's attention, in order.
+        running: the modules whose forward runs now, innermost last; after an error, those it came from.
+    """
+
+    max_model_len: int
     called: list[nn.Module] = field(default_factory=list)
+    running: list[nn.Module] = field(default_factory=list)
+
+    def enter(self, module: nn.Module, inputs: object) -> None:
+        self.running.append(module)
+
+    def leave(self, module: nn.Module, inputs: object, output: object) -> None:
+        self.running.pop()
 
     def attention(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, softcap: float, sinks: Any
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: object,
+        scale: float | None,
+        softcap: float,
+        sinks: Any,
     ) -> Tensor:
         """One attention node. q [1, H, T, Dk], k [1, KV, T, Dk], v [1, KV, T, Dv] -> [1, T, H, Dv]."""
         if mask is not None and not isinstance(mask, MaskSpec):
-            raise UnsupportedModelError(f"{_describe(module)} attends with a mask tensor of its own; optc knows causal and sliding-window masks")
-        window = mask.window if isinstance(mask, MaskSpec) else 0
+            raise UnsupportedModelError(
+                f"{_describe(module)} attends with a mask tensor of its own; optc knows causal and sliding-window masks"
+            )
+        spec = mask if mask is not None else MaskSpec()
+        if spec.problem:
+            raise UnsupportedModelError(
+                f"the attention mask of {_describe(module)} {spec.problem}, which optc does not support"
+            )
         layer = len(self.called)
         self.called.append(module)
         scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-        out: Tensor = torch.ops.optc.attention(q, k, v, scale, window, softcap, sinks, layer)
+        out: Tensor = torch.ops.optc.attention(q, k, v, scale, spec.window, softcap, sinks, layer)
         return out
 
 
@@ -75,9 +113,13 @@ def _interface_function(recorder: Recorder) -> Callable[..., tuple[Tensor, None]
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float | None = None,
         softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None, **options: object,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        unknown = sorted(name for name, value in options.items() if isinstance(value, Tensor | float) and name not in _HARMLESS)
+        unknown = sorted(
+            name for name, value in options.items() if isinstance(value, Tensor | float) and name not in _HARMLESS
+        )
         if unknown:
-            raise UnsupportedModelError(f"{_describe(module)} passes {', '.join(unknown)} to its attention, which optc does not know")
+            raise UnsupportedModelError(
+                f"{_describe(module)} passes {', '.join(unknown)} to its attention, which optc does not know"
+            )
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if not causal and not isinstance(attention_mask, MaskSpec):
             raise UnsupportedModelError(f"{_describe(module)} is not causal; optc compiles causal language models")
@@ -87,51 +129,71 @@ def _interface_function(recorder: Recorder) -> Callable[..., tuple[Tensor, None]
     return attention
 
 
-def _mask_function(**given: Any) -> MaskSpec:
+def _mask_function(recorder: Recorder) -> Callable[..., MaskSpec]:
     """Stands in for transformers' mask builders; the arguments are theirs."""
-    window = int(given.get("local_size") or 0)
-    visible = given["mask_function"]
-    with torch.utils._python_dispatch._disable_current_modes():
-        for row in sorted({0, 1, 5, window // 2, window, window + 1, 2 * window + 1, 3 * window + 2}):
-            keys = torch.arange(row + 3)
-            try:
-                found = visible(torch.tensor(0), torch.tensor(0), torch.tensor(row), keys).expand(row + 3)
-            except Exception as error:
-                raise UnsupportedModelError(f"the model builds its attention mask from data: {error}") from error
-            expected = (keys <= row) & (keys > row - window) if window else keys <= row
-            if not torch.equal(found, expected):
-                kind = "chunked" if "chunk" in repr(visible) else "neither causal nor a causal sliding window"
-                raise UnsupportedModelError(f"the model's attention mask is {kind}, which optc does not support")
-    return MaskSpec(window)
+
+    def describe(**given: Any) -> MaskSpec:
+        size, limit = int(given.get("local_size") or 0), recorder.max_model_len
+        rows = {0, 1, 5, size // 2, size, size + 1, 2 * size + 1, 3 * size + 2, limit - 1}
+        possible = {size, 0}
+        with torch.utils._python_dispatch._disable_current_modes():
+            for row in sorted(row for row in rows if row < limit):
+                keys = torch.arange(row + 3)
+                try:
+                    found = given["mask_function"](torch.tensor(0), torch.tensor(0), torch.tensor(row), keys).expand(
+                        row + 3
+                    )
+                except Exception:
+                    return MaskSpec(problem="is built from data")
+                possible -= {window for window in possible if not torch.equal(found, _visible(row, keys, window))}
+        if possible:
+            return MaskSpec(max(possible))
+        way_out = f" (it is causal up to --max-model-len {size})" if size else ""
+        return MaskSpec(problem=f"is neither causal nor a causal sliding window{way_out}")
+
+    return describe
+
+
+def _visible(row: int, keys: Tensor, window: int) -> Tensor:
+    return (keys <= row) & (keys > row - window) if window else keys <= row
 
 
 @contextlib.contextmanager
 def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
-    """transformers and torch with optc's attention, masks and grouped matrix products in place."""
+    """Transformers and torch with optc's attention, masks and grouped matrix products in place."""
     masks = masking_utils.AttentionMaskInterface._global_mapping
     saved_mask, saved_packed = masks.get(implementation), masking_utils.find_packed_sequence_indices
     saved_sdpa, saved_grouped = nn.functional.scaled_dot_product_attention, moe._grouped_mm
-    sequence: list[nn.Module] = []
+    saved_chunked = masking_utils.chunked_causal_mask_function
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, dropout_p: float = 0.0, is_causal: bool = False,
              scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
         if isinstance(attn_mask, MaskSpec) or (attn_mask is None and is_causal is True and query.dim() == 4):
-            module = sequence[-1] if sequence else nn.Identity()
+            module = recorder.running[-1] if recorder.running else nn.Identity()
             return recorder.attention(module, query, key, value, attn_mask, scale, 0.0, None).transpose(1, 2)
         return saved_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[arg-type]
 
     AttentionInterface.register(IMPLEMENTATION, _interface_function(recorder))
-    masking_utils.AttentionMaskInterface.register(implementation, _mask_function)
+    masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
     masking_utils.find_packed_sequence_indices = lambda position_ids: None  # the step program does its own packing
+    # Chunks start after the padding of a batch, which optc never has; the traced count of it cannot be looked at.
+    masking_utils.chunked_causal_mask_function = lambda size, left_padding: saved_chunked(
+        size, torch.zeros(1, dtype=torch.long)
+    )
     nn.functional.scaled_dot_product_attention = sdpa  # type: ignore[assignment]
     moe._grouped_mm = lambda x, weight, offs: torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: sequence.append(module))
+    hooks = (
+        nn.modules.module.register_module_forward_pre_hook(recorder.enter),
+        nn.modules.module.register_module_forward_hook(recorder.leave),
+    )
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         moe._grouped_mm, nn.functional.scaled_dot_product_attention = saved_grouped, saved_sdpa
         masking_utils.find_packed_sequence_indices = saved_packed
+        masking_utils.chunked_causal_mask_function = saved_chunked
         if saved_mask is not None:
             masking_utils.AttentionMaskInterface.register(implementation, saved_mask)
 
@@ -163,24 +225,77 @@ def capture(model: PreTrainedModel, max_model_len: int) -> tuple[Program, list[s
         UnsupportedModelError: the model cannot be captured; names the module that is in the way.
     """
     notes = decide_rope(model, max_model_len)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("grouped_mm")
-    follows_interface = model._can_set_attn_implementation()
-    implementation = IMPLEMENTATION if follows_interface else "sdpa"
-    recorder = Recorder()
-    with _intercepted(recorder, implementation), _attention_implementation(model, implementation):
-        exported = _export(model, max_model_len)
+    recorder = Recorder(max_model_len)
+    _check_positions(model, max_model_len)
+    with _interceptable(model, recorder):
+        exported = _export(model, recorder)
     _check_layers(model, recorder, _attention_nodes(exported))
     program = _to_program(exported, max_model_len)
     _check_tokens_meet_only_in_attention(program, model)
-    if not follows_interface:
-        notes.append(f"{type(model).__name__} bypasses transformers' attention interface; captured at scaled_dot_product_attention")
+    if not model._can_set_attn_implementation():
+        notes.append(
+            f"{type(model).__name__} bypasses transformers' attention interface; captured at scaled_dot_product_attention"
+        )
     return program, notes
+
+
+def rehearse(model: PreTrainedModel, max_model_len: int) -> None:
+    """Run a model without weights (on the meta device), to refuse before they are loaded what capture would refuse.
+
+    Raises:
+        UnsupportedModelError: as `capture`.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(_no_positions(model))
+    tokens = torch.zeros(1, min(_EXAMPLE_TOKENS, max_model_len), dtype=torch.long, device="meta")
+    recorder = Recorder(max_model_len)
+    try:
+        with torch.no_grad(), _quiet(), _interceptable(model, recorder):
+            _Forward(model.eval())(tokens, tokens)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        if _computes_with_mask(error):
+            raise _cannot_capture(model, recorder, error) from error
+        return  # meta tensors have no values; whether the model needs them is for capture to find out
+    _check_layers(model, recorder, len(recorder.called))
+
+
+def _check_positions(model: PreTrainedModel, max_model_len: int) -> None:
+    """Refuse models that number tokens otherwise than 0, 1, 2, ... if nobody says (RoBERTa starts after its padding id)."""
+    length = min(_EXAMPLE_TOKENS, max_model_len)
+    ids = torch.arange(7, 7 + length)[None] % model.config.vocab_size
+    recorder = Recorder(max_model_len)
+    try:
+        with torch.no_grad(), _quiet(), _interceptable(model, recorder):
+            counted = model(input_ids=ids, use_cache=False, return_dict=True).logits
+            given = _Forward(model)(ids, torch.arange(length)[None])
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise _cannot_capture(model, recorder, error) from error
+    if not torch.allclose(counted, given, rtol=0, atol=0, equal_nan=True):
+        raise UnsupportedModelError(
+            f"{_who(model)} does not number its tokens 0, 1, 2, ... as optc does, so that {_attention_names(model)} would "
+            "get wrong positions; use a model whose positions count from 0"
+        )
+
+
+@contextlib.contextmanager
+def _interceptable(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    """Point `model` at optc's attention and mixture of experts, as far as its modelling file lets it choose."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")
+    implementation = IMPLEMENTATION if model._can_set_attn_implementation() else "sdpa"
+    with _intercepted(recorder, implementation), _attention_implementation(model, implementation):
+        yield
 
 
 @contextlib.contextmanager
 def _attention_implementation(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    configs = {
+        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
+    }
     saved = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = implementation
@@ -191,29 +306,46 @@ def _attention_implementation(model: PreTrainedModel, implementation: str) -> It
             config._attn_implementation_internal = saved[key]
 
 
-def _export(model: PreTrainedModel, max_model_len: int) -> torch.export.ExportedProgram:
-    tokens = torch.export.Dim("T", min=1, max=max(max_model_len, _EXAMPLE_TOKENS + 1))
-    length = min(_EXAMPLE_TOKENS, max_model_len)
+def _export(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:
+    tokens = torch.export.Dim("T", min=1, max=max(recorder.max_model_len, _EXAMPLE_TOKENS + 1))
+    length = min(_EXAMPLE_TOKENS, recorder.max_model_len)
     ids, positions = torch.zeros(1, length, dtype=torch.long), torch.arange(length)[None]
     try:
         with torch.no_grad(), _quiet():
-            exported = torch.export.export(_Forward(model), (ids, positions), dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
+            exported = torch.export.export(
+                _Forward(model), (ids, positions), dynamic_shapes=({1: tokens}, {1: tokens}), strict=False
+            )
             return exported.run_decompositions({})
     except UnsupportedModelError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ({model.config.model_type}) cannot be captured with torch.export: {lines[0]}. {_bypassing(model)}"
-        ) from error
+        raise _cannot_capture(model, recorder, error) from error
+
+
+def _computes_with_mask(error: Exception) -> bool:
+    return MaskSpec.__name__ in str(error)
+
+
+def _cannot_capture(model: PreTrainedModel, recorder: Recorder, error: Exception) -> UnsupportedModelError:
+    """Says which module stopped the capture, why, and the way out."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    inner = next((module for module in reversed(recorder.running) if id(module) in names), model)
+    where = f"{names.get(id(inner), 'the model')} ({type(inner).__name__})"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = f"failed under torch.export: {lines[0]}"
+    if _computes_with_mask(error):
+        reason = "computes with the attention mask itself"
+    return UnsupportedModelError(f"{_who(model)} cannot be captured: {where} {reason}. {_way_out(model)}")
+
+
+def _who(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} ({model.config.model_type})"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    import warnings
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -232,23 +364,38 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in named.items() if not any(other.startswith(name + ".") for other in named)}
 
 
-def _bypassing(model: PreTrainedModel) -> str:
+def _attention_names(model: nn.Module) -> str:
+    return ", ".join(sorted({type(module).__name__ for module in _attention_modules(model).values()}))
+
+
+def _way_out(model: PreTrainedModel) -> str:
     if model._can_set_attn_implementation():
-        return "optc compiles decoder-only models whose control flow does not depend on data"
-    names = sorted({type(m).__name__ for m in _attention_modules(model).values()})
-    return f"Its {', '.join(names)} bypasses transformers' attention interface; use a model whose modelling file goes through it"
+        return "optc compiles decoder-only models with causal attention whose control flow does not depend on data"
+    return (
+        f"Its {_attention_names(model)} bypasses transformers' attention interface; "
+        "use a model whose modelling file goes through it"
+    )
+
+
+def _no_positions(model: PreTrainedModel) -> str:
+    return (
+        f"{_who(model)} does not use position ids, so its positions cannot be given from outside (ALiBi, or positions "
+        f"counted inside the model; its attention is {_attention_names(model)}); "
+        "use a model with rotary or learned positions"
+    )
 
 
 def _check_layers(model: PreTrainedModel, recorder: Recorder, nodes: int) -> None:
+    """One node a layer; more only where a layer attends more than once a pass, as differential attention does."""
     expected = _expected_layers(model.config)
-    if nodes == expected:
-        return
     reached = {id(module) for module in recorder.called}
+    if nodes == expected or (nodes == len(recorder.called) and len(reached) == expected):
+        return
     missed = [name for name, module in _attention_modules(model).items() if id(module) not in reached]
     names = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
     raise UnsupportedModelError(
-        f"{type(model).__name__} ({model.config.model_type}) has {expected} attention layers, of which {nodes} went through transformers' attention "
-        f"interface; bypassed by: {names or 'none by name'} ({_bypassing(model)})"
+        f"{_who(model)} has {expected} attention layers, of which {nodes} went through transformers' attention "
+        f"interface; bypassed by: {names or 'none by name'}. {_way_out(model)}"
     )
 
 
@@ -270,7 +417,13 @@ def _to_program(exported: torch.export.ExportedProgram, max_model_len: int) -> P
             continue
         weight = get_weight(module, node.target)
         # Tied weights become one; the storage is the same, so is everything that tells a view of it apart.
-        key = (weight.untyped_storage().data_ptr(), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
+        key = (
+            weight.untyped_storage().data_ptr(),
+            weight.storage_offset(),
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+        )
         node.target = canonical.setdefault(key if weight.numel() else (node.target,), node.target)
         program.sources[node.target] = node.target
     output = program.graph.output_node()
@@ -294,22 +447,38 @@ def _rooted_at_model(module: fx.GraphModule) -> fx.GraphModule:
 
 
 # Ops that carry information along the token dimension.
-_MIXING = {"cumsum", "cumprod", "conv1d", "convolution", "roll", "flip", "scan", "while_loop", "scaled_dot_product_attention"}
+_MIXING = {
+    "cumsum",
+    "cumprod",
+    "conv1d",
+    "convolution",
+    "roll",
+    "flip",
+    "scan",
+    "while_loop",
+    "scaled_dot_product_attention",
+}
 # Ops for which an integer argument only says which rows to take or put, as the experts of a mixture do.
 _ROW_MOVES = {"index", "index_put", "gather", "scatter", "index_add", "index_select", "scatter_add", "index_copy"}
 
 
 def _check_tokens_meet_only_in_attention(program: Program, model: PreTrainedModel) -> None:
     """Refuse graphs in which tokens influence each other outside attention, or that count positions themselves."""
-    who = f"{type(model).__name__} ({model.config.model_type})"
+    who = _who(model)
     placeholders = program.graph.find_nodes(op="placeholder")
     if not placeholders[1].users:
-        raise UnsupportedModelError(
-            f"{who} does not use position ids, so its positions cannot be given from outside (ALiBi, or positions counted "
-            "inside the model); optc does not support that"
-        )
+        raise UnsupportedModelError(_no_positions(model))
     for node in program.graph.nodes:
         packet = _packet(node)
+        if free_unbacked_symbols(node.meta["val"]):
+            raise UnsupportedModelError(
+                f"{who}: {_module_of(node)} has shapes that depend on the values of data (aten.{packet}), which optc does "
+                "not support"
+            )
+        if node.users and isinstance(node.target, torch._ops.OpOverload) and not is_known_op(node.target):
+            raise UnsupportedModelError(
+                f"{who}: {_module_of(node)} calls {node.target}, which is outside the vocabulary of portable programs"
+            )
         if packet in _MIXING and _runs_along_tokens(node):
             raise UnsupportedModelError(
                 f"{who}: {_module_of(node)} combines tokens with aten.{packet} outside attention; such layers have a state "
@@ -368,7 +537,9 @@ def decide_rope(model: nn.Module, max_model_len: int) -> list[str]:
                 continue
             options = {} if layer_type is None else {"layer_type": layer_type}
             prefix = "" if layer_type is None else f"{layer_type}_"
-            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=max_model_len, **options)
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](
+                module.config, torch.device("cpu"), seq_len=max_model_len, **options
+            )
             getattr(module, f"{prefix}inv_freq").data = frequencies
             setattr(module, f"{prefix}attention_scaling", scaling)
             if layer_type is None:
@@ -388,17 +559,23 @@ def capture_module(module: nn.Module, example_inputs: tuple[Tensor, Tensor], max
         UnsupportedModelError: the module cannot be exported, or holds no such attention.
     """
     tokens = torch.export.Dim("T", min=2, max=max(max_model_len, 3))
-    recorder = Recorder()
+    recorder = Recorder(max_model_len)
     try:
         with torch.no_grad(), _intercepted(recorder, IMPLEMENTATION), _quiet():
-            exported = torch.export.export(module.eval(), example_inputs, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
+            exported = torch.export.export(
+                module.eval(), example_inputs, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False
+            )
             exported = exported.run_decompositions({})
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"{type(module).__name__} cannot be captured with torch.export: {str(error).strip().splitlines()[0]}") from error
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be captured with torch.export: {str(error).strip().splitlines()[0]}"
+        ) from error
     if not _attention_nodes(exported):
-        raise UnsupportedModelError(f"{type(module).__name__} calls no causal scaled_dot_product_attention on [1, H, T, D]; optc found no attention layer")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} calls no causal scaled_dot_product_attention on [1, H, T, D]; optc found no attention layer"
+        )
     return _to_program(exported, max_model_len)
 
 

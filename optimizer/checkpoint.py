@@ -17,12 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
+from .capture import rehearse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 # Modules that keep a state of their own from token to token, besides the KV cache.
-_STATEFUL = re.compile(r"Mamba|SSM|DeltaNet|LinearAttention|Recurrent|RG_?LRU|RWKV|Rwkv|xLSTM|mLSTM|sLSTM|ShortConv|RetNet|Lightning|Bailing.*Linear")
+_STATEFUL = re.compile(
+    r"Mamba|SSM|DeltaNet|LinearAttention|Recurrent|RG_?LRU|RWKV|Rwkv|xLSTM|mLSTM|sLSTM|ShortConv|RetNet|Lightning|Bailing.*Linear"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Checkpoint:
         return self.model.config
 
 
-def load_checkpoint(source: str, *, dtype: str = "auto", adapter: Path | None = None, max_model_len: int | None = None) -> Checkpoint:
+def load_checkpoint(
+    source: str, *, dtype: str = "auto", adapter: Path | None = None, max_model_len: int | None = None
+) -> Checkpoint:
     """Load the model that `source` names, after checking that it can be compiled.
 
     Args:
@@ -83,6 +88,7 @@ def load_checkpoint(source: str, *, dtype: str = "auto", adapter: Path | None = 
     config = _load_config(folder, source)
     refuse_unsupported(config)
     limit = _length_limit(config, max_model_len)
+    refuse_by_skeleton(config, limit)
     _check_weight_files(folder)
     model = _load_model(folder, config, dtype)
     if adapter is not None:
@@ -111,7 +117,9 @@ def _download(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source}: no such local folder, and the hub gave no model of that name: {reason}") from error
+        raise CheckpointError(
+            f"{source}: no such local folder, and the hub gave no model of that name: {reason}"
+        ) from error
 
 
 def _load_config(folder: Path, source: str) -> PreTrainedConfig:
@@ -126,7 +134,9 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
     if not model_type:
         raise CheckpointError(f"{path}: names no model_type; expected a transformers config")
     if "auto_map" in raw and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that transformers implements")
+        raise UnsupportedModelError(
+            f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that transformers implements"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
@@ -135,32 +145,50 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
-    """Raise for what cannot be compiled, from the config and the (weightless) modules alone.
+    """Raise for what cannot be compiled, from the config alone.
 
     Raises:
-        UnsupportedModelError: names the module that is in the way, and the way out.
+        UnsupportedModelError: names what is in the way, and the way out.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; optc compiles decoder-only language models")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"{kind} is not a causal language model in transformers; optc compiles models of AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{kind} is not a causal language model in transformers; optc compiles models of AutoModelForCausalLM"
+        )
     inner = sorted(name for name in vars(config) if name in ("vision_config", "audio_config", "image_config"))
     if inner:
-        raise UnsupportedModelError(f"{kind} wraps a language model with a {inner[0].removesuffix('_config')} encoder; export its text model and compile that")
+        raise UnsupportedModelError(
+            f"{kind} wraps a language model with a {inner[0].removesuffix('_config')} encoder; export its text model and compile that"
+        )
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
-        raise UnsupportedModelError(f"{kind} uses ALiBi position biases, which optc's attention does not have; use a model with rotary or learned positions")
+        raise UnsupportedModelError(
+            f"{kind} uses ALiBi position biases, which optc's attention does not have; use a model with rotary or learned positions"
+        )
+
+
+def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> None:
+    """Raise for what cannot be compiled, from the modules without their weights.
+
+    Raises:
+        UnsupportedModelError: names the module that is in the way, and the way out.
+    """
+    kind = config.model_type
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        raise UnsupportedModelError(f"{kind} cannot be built by transformers: {str(error).strip().splitlines()[0]}") from error
+        raise UnsupportedModelError(
+            f"{kind} cannot be built by transformers: {str(error).strip().splitlines()[0]}"
+        ) from error
     for name, module in skeleton.named_modules():
         if _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name):
             raise UnsupportedModelError(
                 f"{kind} is a state-space or hybrid model: {name} ({type(module).__name__}) keeps a state besides the KV cache; "
                 "optc compiles models whose layers are all attention"
             )
+    rehearse(skeleton, max_model_len)
 
 
 def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
@@ -172,7 +200,9 @@ def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
     if wanted < 2:
         raise UsageError(f"--max-model-len {wanted}: expected at least 2")
     if known and wanted > known and "dynamic" not in kinds:
-        raise UsageError(f"--max-model-len {wanted}: {config.model_type} has positions for {known} tokens; choose at most that")
+        raise UsageError(
+            f"--max-model-len {wanted}: {config.model_type} has positions for {known} tokens; choose at most that"
+        )
     return wanted
 
 
@@ -184,19 +214,25 @@ def _check_weight_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
         if missing := [name for name in names if not (folder / name).is_file()]:
-            raise CheckpointError(f"{folder}: the index names {len(names)} shards, and {', '.join(missing)} is missing; download it again")
+            raise CheckpointError(
+                f"{folder}: the index names {len(names)} shards, and {', '.join(missing)} is missing; download it again"
+            )
         files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("model*.safetensors"))
     if not files and not list(folder.glob("*.safetensors")):
-        pickled = " (the .bin files there are pickles; convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+        pickled = (
+            " (the .bin files there are pickles; convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+        )
         raise CheckpointError(f"{folder}: holds no model.safetensors and no shards of it{pickled}")
     for path in files:
         try:
             with safetensors.safe_open(path, "pt") as opened:
                 opened.keys()
         except Exception as error:
-            raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+            raise CheckpointError(
+                f"{path}: truncated or corrupt safetensors file ({error}); download it again"
+            ) from error
 
 
 def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
@@ -216,7 +252,9 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
         raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise CheckpointError(f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}")
+        raise CheckpointError(
+            f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}"
+        )
     if info["mismatched_keys"]:
         name = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(f"{folder}: the shape of {name} does not fit the config")
@@ -236,7 +274,9 @@ def load_tokenizer(folder: Path) -> TokenizerData | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = tokenizer.backend_tokenizer
     except Exception as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     template = tokenizer.chat_template
@@ -276,7 +316,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
     except Exception as error:
         raise CheckpointError(f"{adapter}: unreadable adapter: {error}") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise CheckpointError(f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)")
+        raise CheckpointError(
+            f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)"
+        )
     pairs = _adapter_pairs(adapter, tensors)
     modules = dict(model.named_modules())
     for name, (a, b) in pairs.items():
@@ -285,7 +327,11 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
         transposed = config.get("fan_in_fan_out") or type(modules.get(name)).__name__ == "Conv1D"
         delta = delta.t() if transposed else delta
         if not isinstance(weight, Tensor) or weight.shape != delta.shape:
-            found = "no such layer" if weight is None else f"that layer is {tuple(weight.shape)}, the adapter's is {tuple(delta.shape)}"
+            found = (
+                "no such layer"
+                if weight is None
+                else f"that layer is {tuple(weight.shape)}, the adapter's is {tuple(delta.shape)}"
+            )
             raise CheckpointError(f"{adapter}: adapter for another model: {name}: {found} in {type(model).__name__}")
         weight.data.copy_((weight.float() + delta).to(weight.dtype))
 
@@ -295,7 +341,9 @@ def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple
     for name, value in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
         if match is None:
-            raise CheckpointError(f"{adapter}: the adapter holds {name}, which is not a LoRA matrix; optc merges plain LoRA on linear layers")
+            raise CheckpointError(
+                f"{adapter}: the adapter holds {name}, which is not a LoRA matrix; optc merges plain LoRA on linear layers"
+            )
         found.setdefault(match[1], {})[match[2]] = value
     if not found:
         raise CheckpointError(f"{adapter}: the adapter holds no LoRA matrices")

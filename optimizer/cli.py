@@ -27,15 +27,25 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
               help="Of the weights; auto is as stored.")  # fmt: skip
 @click.option("--adapter", type=click.Path(path_type=Path), help="PEFT LoRA adapter to merge.")
-@click.option("--fp8", is_flag=True, help="Store the weights of linear layers as FP8 E4M3; for targets with FP8 arithmetic.")
-@click.option("--block-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Tokens a KV-cache block holds.")
-@click.option("--max-model-len", type=click.IntRange(2), help="Most tokens of a sequence.  [default: the model's limit]")
+@click.option(
+    "--fp8", is_flag=True, help="Store the weights of linear layers as FP8 E4M3; for targets with FP8 arithmetic."
+)
+@click.option(
+    "--block-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Tokens a KV-cache block holds."
+)
+@click.option(
+    "--max-model-len", type=click.IntRange(2), help="Most tokens of a sequence.  [default: the model's limit]"
+)
 @click.option("--force", is_flag=True, help="Replace an artifact at the output path.")
-@click.option("--dump", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph before and after every pass.")
+@click.option(
+    "--dump", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph before and after every pass."
+)
 @click.option("--no-verify", is_flag=True, help="Skip the numeric check after every pass.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
-def compile_command(model: str, output: Path | None, quiet: bool, as_json: bool, no_verify: bool, **options: Any) -> None:
+def compile_command(
+    model: str, output: Path | None, quiet: bool, as_json: bool, no_verify: bool, **options: Any
+) -> None:
     """Compile MODEL, a local folder in Hugging Face format or a hub id, into an artifact.
 
     \b
@@ -131,10 +141,11 @@ def passes_command(as_json: bool) -> None:
     rows = [("both", item) for item in shared_passes(config)] + [("step", item) for item in step_passes(config)]
     documented = [(name, item.name, cleandoc(type(item).__doc__ or "")) for name, item in rows]
     if as_json:
-        click.echo(json.dumps([dict(zip(("program", "name", "rewrite"), row, strict=True)) for row in documented], indent=1))
+        click.echo(
+            json.dumps([dict(zip(("program", "name", "rewrite"), row, strict=True)) for row in documented], indent=1)
+        )
         return
     table = Table("program", "pass", "rewrite", show_lines=True)
     for row in documented:
         table.add_row(*row)
     Console().print(table)
-

@@ -205,7 +205,11 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     score = captured.program
     with progress.stage("passes"):
         records = run_passes(
-            score, shared_passes(config), probe=probe, dump=config.dump and config.dump / "shared", on_record=progress.on_pass
+            score,
+            shared_passes(config),
+            probe=probe,
+            dump=config.dump and config.dump / "shared",
+            on_record=progress.on_pass,
         )
         step = score.copy()
         step_dump = config.dump and config.dump / "step"

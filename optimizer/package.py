@@ -106,7 +106,9 @@ def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, s
         _save(shard, folder / file)
         for name, weight in shard.items():
             dtype = str(weight.dtype).removeprefix("torch.")
-            records[name] = ConstantRecord(file=file, dtype=dtype, shape=tuple(weight.shape), source=sources.get(name, name))
+            records[name] = ConstantRecord(
+                file=file, dtype=dtype, shape=tuple(weight.shape), source=sources.get(name, name)
+            )
     return records
 
 

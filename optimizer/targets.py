@@ -42,7 +42,9 @@ class Target:
         """
         if dtype not in self.tflops:
             able = ", ".join(target.name for target in TARGETS.values() if dtype in target.tflops)
-            raise TargetError(f"--{dtype} for {self.name}: {self.architecture} has no {dtype.upper()} arithmetic; targets that have: {able}")
+            raise TargetError(
+                f"--{dtype} for {self.name}: {self.architecture} has no {dtype.upper()} arithmetic; targets that have: {able}"
+            )
 
     def is_this_machine(self) -> bool:
         """Whether native code for the target can be made here. CPU code can be, for any instruction set."""
@@ -51,7 +53,12 @@ class Target:
 
 def _cuda(name: str, architecture: str, memory_gib: int, bandwidth_gbs: int, **tflops: float) -> Target:
     return Target(
-        name=name, device="cuda", architecture=architecture, memory_gib=memory_gib, bandwidth_gbs=bandwidth_gbs, tflops=tflops
+        name=name,
+        device="cuda",
+        architecture=architecture,
+        memory_gib=memory_gib,
+        bandwidth_gbs=bandwidth_gbs,
+        tflops=tflops,
     )
 
 

@@ -76,7 +76,7 @@ def _times_one(program: Program, node: fx.Node, result: Result) -> int:
 
 
 def _whole_slice(program: Program, node: fx.Node, result: Result) -> int:
-    _, start, end, step = (*node.args[1:], *(0, 0, _LAST, 1)[len(node.args) - 1 :])
+    start, end, step = (dict(enumerate(node.args)).get(i, default) for i, default in ((2, 0), (3, _LAST), (4, 1)))
     return _forward_input(program, node, result) if (start in (0, None) and end == _LAST and step == 1) else 0
 
 

@@ -52,7 +52,9 @@ class GatherLogits(Pass):
                 rows = call(graph, aten.index_select.default, head.args[0], 1, indices)
                 head.update_arg(0, rows)
             else:
-                result.decline(logits, f"logits come from {logits.target}, not from a linear layer; rows are taken at the end")
+                result.decline(
+                    logits, f"logits come from {logits.target}, not from a linear layer; rows are taken at the end"
+                )
                 logits = call(graph, aten.index_select.default, logits, 1, indices)
         with graph.inserting_before(output):
             flat = call(graph, aten.select.int, logits, 0, 0)

@@ -97,8 +97,9 @@ def add_input(program: Program, spec: TensorSpec) -> fx.Node:
 
 def input_node(program: Program, name: str) -> fx.Node:
     """The placeholder of this input."""
-    placeholders = program.graph.find_nodes(op="placeholder")
-    return next(node for node, spec in zip(placeholders, program.inputs, strict=True) if spec.name == name)
+    position = [spec.name for spec in program.inputs].index(name)
+    node: fx.Node = program.graph.find_nodes(op="placeholder")[position]
+    return node
 
 
 def value_of(node: Any) -> Tensor:

@@ -52,7 +52,8 @@ class KVCache(Pass):
             cache = add_input(program, TensorSpec(name=spec.input_name, dtype=spec.dtype, shape=shape))
             with program.graph.inserting_before(node):
                 keys, values = (
-                    call(program.graph, aten.transpose.int, call(program.graph, aten.squeeze.dim, x, 0), 0, 1) for x in (k, v)
+                    call(program.graph, aten.transpose.int, call(program.graph, aten.squeeze.dim, x, 0), 0, 1)
+                    for x in (k, v)
                 )
                 call(program.graph, optc.kv_cache_write.default, keys, values, cache, slots)
             result.matches += 1

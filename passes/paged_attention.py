@@ -61,4 +61,5 @@ def _pack_inputs(program: Program) -> None:
         program.inputs[position] = program.inputs[position].model_copy(update={"shape": ("T",)})
         with graph.inserting_after(last):
             batched = graph.call_function(aten.unsqueeze.default, (node, 0))
-        node.replace_all_uses_with(batched, delete_user_cb=lambda user, keep=batched: user is not keep)
+        for user in [user for user in node.users if user is not batched]:
+            user.replace_input_with(node, batched)

@@ -60,7 +60,7 @@ def _keep(weight: object, uses: Counter[Any], *, is_last: bool) -> str | None:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> codes float8_e4m3fn[N, K] and scale f32[N], with weight ~ codes * scale. A row of zeros has scale 1."""
+    """Weight [N, K] -> codes float8_e4m3fn[N, K] and scale f32[N], with weight ~ codes * scale. A row of zeros has scale 1."""
     largest = weight.detach().float().abs().amax(dim=1)
     scale = torch.where(largest > 0, largest / torch.finfo(FP8).max, torch.ones_like(largest))
     return (weight.detach().float() / scale[:, None]).to(FP8), scale

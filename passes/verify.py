@@ -6,7 +6,6 @@ chunks, so that a graph which mixes tokens of different sequences, or forgets ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +55,10 @@ class Probe:
         results = []
         for tokens in self.sequences:
             positions = torch.arange(len(tokens))
-            caches = iter(self._caches(program, 64))
-            table: dict[str, Callable[[], Tensor]] = {
-                "input_ids": lambda tokens=tokens: tokens,
-                "positions": lambda positions=positions: positions,
-                "slot_mapping": lambda positions=positions: positions,
-            }
-            inputs = [table[name]() if name in table else next(caches) for name in names]
-            inputs = [x[None] if len(s.shape) == 2 else x for x, s in zip(inputs, program.inputs, strict=True)]
+            caches = self._caches(program, num_blocks=-(-len(tokens) // _BLOCK_SIZE))
+            values = {"input_ids": tokens, "positions": positions, "slot_mapping": positions, **caches}
+            inputs = [values[spec.name] for spec in program.inputs]
+            inputs = [x[None] if len(spec.shape) == 2 else x for x, spec in zip(inputs, program.inputs, strict=True)]
             output = Float32Interpreter(program.module).run(*inputs)[0]
             results.append(output.float().reshape(len(tokens), -1))
         return results
@@ -78,9 +73,10 @@ class Probe:
             worst = max(worst, difference if difference == difference else float("inf"))
         return worst
 
-    def _caches(self, program: Program, num_blocks: int) -> list[Tensor]:
-        shapes = [s.shape for s in program.inputs if s.name.startswith("kv_cache.")]
-        return [torch.zeros(num_blocks, *(_BLOCK_SIZE if isinstance(d, str) else d for d in s[1:])) for s in shapes]
+    def _caches(self, program: Program, num_blocks: int) -> dict[str, Tensor]:
+        sizes = {"N": num_blocks, "S": _BLOCK_SIZE}
+        specs = [spec for spec in program.inputs if spec.name.startswith("kv_cache.")]
+        return {s.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape]) for s in specs}
 
     def _paged_logits(self, program: Program) -> list[Tensor]:
         lengths = [len(s) for s in self.sequences]
@@ -92,12 +88,12 @@ class Probe:
             upto = [max(1, int(n * share)) for n in lengths]
             counts = [end - start for start, end in zip(done, upto, strict=True)]
             logits = self._step(program, table, caches, done, upto)
-            for piece, rows in zip(pieces, logits.split(counts), strict=True):
+            for piece, rows in zip(pieces, torch.split(logits, counts), strict=True):
                 piece.append(rows)
             done = upto
         return [torch.cat(piece) for piece in pieces]
 
-    def _step(self, program: Program, table: Tensor, caches: list[Tensor], done: list[int], upto: list[int]) -> Tensor:
+    def _step(self, program: Program, table: Tensor, caches: dict[str, Tensor], done: list[int], upto: list[int]) -> Tensor:
         positions = torch.cat([torch.arange(start, end) for start, end in zip(done, upto, strict=True)])
         counts = torch.tensor([end - start for start, end in zip(done, upto, strict=True)])
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -112,7 +108,7 @@ class Probe:
             "query_start_loc": starts.to(torch.int32),
             "seq_lens": torch.tensor(upto, dtype=torch.int32),
             "logits_indices": torch.arange(len(tokens)),
-            **{f"kv_cache.{i}": cache for i, cache in enumerate(caches)},
+            **caches,
         }
         inputs = [values[spec.name] for spec in program.inputs]
         output: Tensor = Float32Interpreter(program.module).run(*inputs)[0]

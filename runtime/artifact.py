@@ -66,7 +66,9 @@ class Artifact:
         return found
 
 
-def open_artifact(path: Path | str, *, verify: bool = False, on_hash: Callable[[str], None] = lambda file: None) -> Artifact:
+def open_artifact(
+    path: Path | str, *, verify: bool = False, on_hash: Callable[[str], None] = lambda file: None
+) -> Artifact:
     """Open the artifact in the folder `path`.
 
     The sizes of all files are checked always. Their digests are checked the first time an artifact is opened on this
@@ -122,7 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path}: {where}: {first['msg']}; the manifest is damaged, compile the model again") from error
+        raise ArtifactError(
+            f"{path}: {where}: {first['msg']}; the manifest is damaged, compile the model again"
+        ) from error
 
 
 def _named_files(manifest: Manifest) -> list[str]:
@@ -136,13 +140,17 @@ def _named_files(manifest: Manifest) -> list[str]:
 def _check_inside(folder: Path, name: str) -> None:
     inside = not Path(name).is_absolute() and (folder / name).resolve().is_relative_to(folder.resolve())
     if not inside or ".." in Path(name).parts:
-        raise ArtifactError(f"{folder / MANIFEST}: names the file {name!r}, which lies outside the artifact; do not trust it")
+        raise ArtifactError(
+            f"{folder / MANIFEST}: names the file {name!r}, which lies outside the artifact; do not trust it"
+        )
 
 
 def _check_listed(folder: Path, manifest: Manifest) -> None:
     for name in _named_files(manifest):
         if name not in manifest.files:
-            raise ArtifactError(f"{folder / MANIFEST}: uses the file {name!r} without listing it; the manifest is damaged")
+            raise ArtifactError(
+                f"{folder / MANIFEST}: uses the file {name!r} without listing it; the manifest is damaged"
+            )
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -158,7 +166,9 @@ def _check_digests(folder: Path, manifest: Manifest, on_hash: Callable[[str], No
     for name, record in manifest.files.items():
         on_hash(name)
         if file_sha256(folder / name) != record.sha256:
-            raise ArtifactError(f"{folder / name}: content does not match its sha256 in the manifest; the artifact is damaged")
+            raise ArtifactError(
+                f"{folder / name}: content does not match its sha256 in the manifest; the artifact is damaged"
+            )
 
 
 def file_sha256(path: Path) -> str:

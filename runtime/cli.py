@@ -80,7 +80,10 @@ def _sampling(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     """The command line's parameters, over those of the model's generation_config.json if that samples."""
     options = {name: value for name, value in given.items() if value is not None}
     if defaults.get("do_sample") and "temperature" not in options:
-        base = {"temperature": 1.0, **{name: defaults[name] for name in ("temperature", "top_k", "top_p") if name in defaults}}
+        base = {
+            "temperature": 1.0,
+            **{name: defaults[name] for name in ("temperature", "top_k", "top_p") if name in defaults},
+        }
         options = base | options
     return options
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import RequestError, UsageError
 from .artifact import Artifact
 from .executor import Executor, StepInputs
 from .kv_cache import BlockPool
@@ -32,11 +32,19 @@ class EngineConfig:
         max_num_batched_tokens: most tokens in a step; longer prompts run in chunks.
         kv_cache_memory: bytes for the KV cache. None takes what `max_num_seqs` sequences of full length need, at most a
             quarter of the memory that is available.
+
+    Raises:
+        UsageError: a limit below 1.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     kv_cache_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)!r}: expected at least 1")
 
 
 class Engine:
@@ -70,22 +78,35 @@ class Engine:
             RequestError: the prompt is empty, holds ids out of range, or leaves no room for a single token.
         """
         ids = list(prompt_token_ids)
-        limit, vocab_size = self.manifest.model.max_model_len, self.manifest.model.vocab_size
+        limit = self.manifest.model.max_model_len
         if not ids:
             raise RequestError("empty prompt: it has no tokens")
-        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab_size]:
-            raise RequestError(f"token id {wrong[0]!r} in the prompt: expected 0 to {vocab_size - 1}")
+        self.check_token_ids(ids)
         if len(ids) >= limit:
-            raise RequestError(f"the prompt has {len(ids)} tokens; the context length is {limit}, prompt and completion together")
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; the context length is {limit}, prompt and completion together"
+            )
         longest = min(len(ids) + params.max_tokens, limit)
         if self.pool.blocks_for(longest) > self.pool.num_blocks:
             held = self.pool.num_blocks * self.pool.block_size
-            raise RequestError(f"the request needs {longest} tokens of KV cache, which holds {held}; raise kv_cache_memory or lower max_tokens")
+            raise RequestError(
+                f"the request needs {longest} tokens of KV cache, which holds {held}; raise kv_cache_memory or lower max_tokens"
+            )
         number = next(self._ids)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         request = Request(number, ids, params, seed, list(ids))
         self.scheduler.add(request)
         return request
+
+    def check_token_ids(self, ids: Sequence[int]) -> None:
+        """Refuse ids that the model does not have.
+
+        Raises:
+            RequestError: one is out of range, or not an integer.
+        """
+        size = self.manifest.model.vocab_size
+        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size]:
+            raise RequestError(f"token id {wrong[0]!r} in the prompt: expected 0 to {size - 1}")
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -98,6 +119,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step; the requests that got a token in it. Those with a `finish_reason` have left the engine."""
         step = self.scheduler.schedule()
+        if not step:
+            return []
         logits = self.executor.run(self._inputs(step))
         advanced = [s.request for s in step if s.reaches_end]
         for scheduled in step:
@@ -147,7 +170,7 @@ class Engine:
         )
 
 
-def _int32(values: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def _int32(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int32))
 
 

@@ -75,7 +75,9 @@ class Executor:
         wanted = set(loader.get_constant_fqns())
         bound = {name: self.constants[source] for name, source in code.constants.items() if name in wanted}
         if missing := sorted(wanted - bound.keys()):
-            raise ArtifactError(f"{path}: wants the constant {missing[0]!r}, which the manifest does not map; compile the model again")
+            raise ArtifactError(
+                f"{path}: wants the constant {missing[0]!r}, which the manifest does not map; compile the model again"
+            )
         loader.load_constants(bound, False, True, True)
         return loader.run
 
@@ -106,7 +108,9 @@ def usable_code(artifact: Artifact) -> NativeCode | None:
     ready = [code for code in manifest.native if code.status == "ready"]
     if not ready:
         reason = "; ".join(code.reason or "pending" for code in manifest.native)
-        logger.warning("%s has no native code yet (%s); running the portable program, which is slow", artifact.path, reason)
+        logger.warning(
+            "%s has no native code yet (%s); running the portable program, which is slow", artifact.path, reason
+        )
         return None
     (code,) = ready
     way_out = "compile the model again for this machine, or run the portable program with native=False (--no-native)"
@@ -116,7 +120,9 @@ def usable_code(artifact: Artifact) -> NativeCode | None:
         )
     version = ".".join(torch.__version__.split(".")[:2])
     if code.torch_version != version:
-        raise ArtifactError(f"{artifact.path}: the code was made for torch {code.torch_version}, this is torch {version}; {way_out}")
+        raise ArtifactError(
+            f"{artifact.path}: the code was made for torch {code.torch_version}, this is torch {version}; {way_out}"
+        )
     return code
 
 

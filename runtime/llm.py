@@ -121,8 +121,8 @@ class LLM:
         Raises:
             RequestError: no chat template, or messages it refuses; and as `generate`.
         """
-        if not messages:
-            raise RequestError("messages: expected at least one")
+        if not isinstance(messages, Sequence) or not messages:
+            raise RequestError('messages: expected a list of {"role": ..., "content": ...}, at least one')
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         return self.generate([self.chat_prompt(c) for c in conversations], params, **options)  # type: ignore[arg-type]
 
@@ -136,12 +136,13 @@ class LLM:
         """Natural log-probability of each token after the first, given those before it, by the scoring program.
 
         Raises:
-            RequestError: fewer than two tokens, or more than the context length.
+            RequestError: fewer than two tokens, more than the context length, or ids out of range.
         """
         ids = self._encode(prompt)
         limit = self.manifest.model.max_model_len
         if not 2 <= len(ids) <= limit:
             raise RequestError(f"{len(ids)} tokens to score: expected 2 to {limit}")
+        self.engine.check_token_ids(ids)
         program, _ = decode_program(
             self.artifact.program(self.manifest.score.file), self.engine.executor.constants, torch.device("cpu")
         )
@@ -152,6 +153,8 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Sequence):
+                raise RequestError(f"prompt {prompt!r}: expected a text or a list of token ids")
             return list(prompt)
         if not prompt:
             raise RequestError("empty prompt")
@@ -159,7 +162,9 @@ class LLM:
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise RequestError(f"{what} needs a tokenizer, and the checkpoint of this artifact had none; give token ids")
+            raise RequestError(
+                f"{what} needs a tokenizer, and the checkpoint of this artifact had none; give token ids"
+            )
         return self.tokenizer
 
     def _add_all(self, prompts: list[list[int]], params: SamplingParams) -> list[Request]:
@@ -179,7 +184,9 @@ class LLM:
             detokenizer = self.tokenizer.detokenizer(request.prompt_token_ids)
             text = "".join([*map(detokenizer.push, request.output_token_ids), detokenizer.flush()])
         logprobs = request.logprobs if request.params.logprobs is not None else None
-        return GenerationResult(request.prompt_token_ids, text, request.output_token_ids, request.finish_reason, logprobs)
+        return GenerationResult(
+            request.prompt_token_ids, text, request.output_token_ids, request.finish_reason, logprobs
+        )
 
 
 def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
@@ -198,6 +205,8 @@ def _seeded(params: SamplingParams, number: int) -> SamplingParams:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts {prompts!r}: expected a text, a list of token ids, or a list of such")
     if not prompts:
         raise RequestError("no prompts")
     return [prompts] if isinstance(prompts[0], int) else prompts  # type: ignore[list-item, return-value]

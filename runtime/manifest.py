@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Dim = int | str
 """A size, or the name of a symbol whose range is in `ProgramSpec.symbols`."""
@@ -77,7 +77,9 @@ class PassRecord(Record):
     matches: int
     declined: tuple[str, ...] = Field(description="candidates left alone, each with its reason")
     node_delta: int
-    max_error: float | None = Field(description="largest difference of the logits to the graph before, in fp32, relative")
+    max_error: float | None = Field(
+        description="largest difference of the logits to the graph before, in fp32, relative"
+    )
     seconds: float
 
 
@@ -114,7 +116,8 @@ class MemoryPlan(Record):
     weight_bytes: int
     kv_bytes_per_token: int
     decode_floor_ms: float | None = Field(
-        default=None, description="weight bytes over the target's memory bandwidth: no decode step of one sequence is faster"
+        default=None,
+        description="weight bytes over the target's memory bandwidth: no decode step of one sequence is faster",
     )
 
 
@@ -137,7 +140,9 @@ class Manifest(Record):
     """All that a runtime has to know about an artifact before it loads anything."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    identity: str = Field(description="sha256 over everything that decides the tokens; equal inputs give equal identities")
+    identity: str = Field(
+        description="sha256 over everything that decides the tokens; equal inputs give equal identities"
+    )
     created_by: Versions
     target: str
     backend: Literal["inductor", "eager"]
@@ -166,10 +171,13 @@ def identity_of(manifest: Manifest) -> str:
     for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
         del content["model"][where]
     content["data"] = {
-        name: record.sha256 for name, record in sorted(manifest.files.items()) if not name.startswith(("code/", "report"))
+        name: record.sha256
+        for name, record in sorted(manifest.files.items())
+        if not name.startswith(("code/", "report"))
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-if __name__ == "__main__":
-    print(json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True))
+def schema_json() -> str:
+    """The JSON schema of a manifest, as `docs/manifest.schema.json` holds it."""
+    return json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..errors import RequestError
@@ -34,13 +33,24 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        finite = math.isfinite(self.temperature)
-        _check("temperature", self.temperature, finite and 0 <= self.temperature <= 100, "0 to 100")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1")
-        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 100, "0 to 100")
+        _check("max_tokens", self.max_tokens, _is_int(self.max_tokens) and self.max_tokens >= 1, "at least 1")
+        warmth = _is_number(self.temperature) and 0 <= self.temperature <= 100
+        _check("temperature", self.temperature, warmth, "0 to 100")
+        _check("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= 0, "0 (all) or more")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1")
+        seed = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
+        _check("seed", self.seed, seed, "None, or 0 to 2**63 - 1")
+        logprobs = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 100)
+        _check("logprobs", self.logprobs, logprobs, "None, or 0 to 100")
+        _check("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, right: bool, expected: str) -> None:

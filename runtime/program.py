@@ -15,6 +15,7 @@ A node is referred to by its index, {"$": i}. Values JSON cannot say are tagged:
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -51,16 +52,22 @@ SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _SIZE_NAMES = {function: name for name, function in SIZE_FUNCTIONS.items()}
 
-# Functional by schema, yet reaching outside their arguments: files, the console, other processes' memory.
-_DENIED_ATEN = {"from_file", "_print", "_record_function_enter_new", "set_data", "_assert_async", "_assert_scalar"}
+# Functional by schema, and giving tensors, yet reaching outside their arguments.
+_DENIED_ATEN = {"from_file"}
 
 
 def is_known_op(op: torch._ops.OpOverload) -> bool:
-    """Whether a program may call `op`: an optc op, or an ATen op that changes nothing but its result."""
+    """Whether a program may call `op`: an optc op, or an ATen op that changes nothing and gives tensors or a size.
+
+    The last part keeps out what TorchScript adds to ATen, such as aten::save, which writes files, and aten::warn.
+    """
     if op.namespace == "optc":
         return True
     schema = op._schema
-    return op.namespace == "aten" and not schema.is_mutable and schema.name.split("::")[1] not in _DENIED_ATEN
+    name = schema.name.split("::")[1]
+    if op.namespace != "aten" or schema.is_mutable or name in _DENIED_ATEN or not schema.returns:
+        return False
+    return name.startswith("sym_") or all(str(value.type) in ("Tensor", "List[Tensor]") for value in schema.returns)
 
 
 def op_name(target: Any) -> str:
@@ -171,7 +178,7 @@ class _Decoder:
             return value
         (tag, content), *rest = value.items()
         if not rest:
-            if tag == "$" and isinstance(content, int) and 0 <= content < len(self.nodes):
+            if tag == "$" and type(content) is int and 0 <= content < len(self.nodes):
                 return self.nodes[content]
             if tag == "device":
                 return self.device
@@ -187,6 +194,8 @@ class _Decoder:
         root = torch.nn.Module()
         for kind, *content in self.program["nodes"]:
             if kind == "input":
+                if not isinstance(content[0], str):
+                    raise ArtifactError(f"the program has an input called {content[0]!r}")
                 node = self.graph.placeholder(f"input_{len(self.inputs)}")
                 self.inputs.append(content[0])
             elif kind == "constant":
@@ -198,8 +207,10 @@ class _Decoder:
                 node = self.graph.get_attr(attribute)
             else:
                 args, kwargs = self.value(content[0]), {key: self.value(v) for key, v in content[1].items()}
-                if not all(key.isidentifier() for key in kwargs):
-                    raise ArtifactError(f"the program calls {kind} with the arguments {sorted(kwargs)}")
+                if not isinstance(args, list) or not all(
+                    key.isidentifier() and not keyword.iskeyword(key) for key in kwargs
+                ):
+                    raise ArtifactError(f"the program calls {kind} with the arguments {args} and {sorted(kwargs)}")
                 node = self.graph.call_function(find_op(kind), tuple(args), kwargs)
             self.nodes.append(node)
         self.graph.output(tuple(self.value(self.program["outputs"])))
@@ -219,11 +230,12 @@ def decode_program(
     Raises:
         ArtifactError: not a program of this version, an op this runtime lacks, or a value outside the vocabulary.
     """
-    if program.get("version") != PROGRAM_VERSION:
-        raise ArtifactError(f"program version {program.get('version')!r}; this runtime reads {PROGRAM_VERSION}")
+    version = program.get("version") if isinstance(program, dict) else None
+    if version != PROGRAM_VERSION:
+        raise ArtifactError(f"program version {version!r}; this runtime reads {PROGRAM_VERSION}")
     try:
         return _Decoder(program, torch.device(device)).build(constants)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ArtifactError(f"malformed program: {error}") from error
 
 

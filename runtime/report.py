@@ -46,14 +46,24 @@ def _summary(manifest: Manifest) -> Table:
     for code in manifest.native:
         state = "ready" if code.status == "ready" else f"pending: {code.reason}"
         table.add_row("native code", f"{code.target}: {state}")
-    table.add_row("weights", f"{format_bytes(memory.weight_bytes)}, {8 * memory.weight_bytes / model.parameters:.2f} bits a parameter")
-    table.add_row("KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, blocks of {manifest.block_size} tokens")
+    table.add_row(
+        "weights",
+        f"{format_bytes(memory.weight_bytes)}, {8 * memory.weight_bytes / model.parameters:.2f} bits a parameter",
+    )
+    table.add_row(
+        "KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, blocks of {manifest.block_size} tokens"
+    )
     if memory.decode_floor_ms is not None:
-        table.add_row("decode floor", f"{memory.decode_floor_ms:.2f} ms a token for one sequence (weights / memory bandwidth)")
+        table.add_row(
+            "decode floor", f"{memory.decode_floor_ms:.2f} ms a token for one sequence (weights / memory bandwidth)"
+        )
     table.add_row("tokenizer", "yes" if manifest.tokenizer else "none; takes token ids")
     for note in model.notes:
         table.add_row("note", note)
-    table.add_row("made by", f"optc {manifest.created_by.optc}, torch {manifest.created_by.torch}, transformers {manifest.created_by.transformers}")
+    table.add_row(
+        "made by",
+        f"optc {manifest.created_by.optc}, torch {manifest.created_by.torch}, transformers {manifest.created_by.transformers}",
+    )
     table.add_row("identity", manifest.identity)
     return table
 
@@ -69,7 +79,9 @@ def _kv_cache(manifest: Manifest) -> Table:
             runs.append((spec.layer, spec))
     for first, spec in runs:
         layers = str(first) if first == spec.layer else f"{first}-{spec.layer}"
-        table.add_row(layers, str(spec.kv_heads), str(spec.k_dim), str(spec.v_dim), str(spec.window or "all"), spec.dtype)
+        table.add_row(
+            layers, str(spec.kv_heads), str(spec.k_dim), str(spec.v_dim), str(spec.window or "all"), spec.dtype
+        )
     return table
 
 
@@ -78,7 +90,9 @@ def _passes(manifest: Manifest) -> Table:
     for record in manifest.passes:
         error = "not checked" if record.max_error is None else f"{record.max_error:.1e}"
         declined = "\n".join(record.declined) or "-"
-        table.add_row(record.name, str(record.matches), declined, f"{record.node_delta:+d}", error, f"{record.seconds:.2f}")
+        table.add_row(
+            record.name, str(record.matches), declined, f"{record.node_delta:+d}", error, f"{record.seconds:.2f}"
+        )
     return table
 
 

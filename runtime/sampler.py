@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .request import Request
 
+_COLDEST = 1e-6  # a temperature that divides logits without leaving the range of float32
+
 
 def sample(logits: Tensor, requests: list[Request]) -> list[int]:
     """Choose the next token of each request and note the log-probabilities that were asked for.
@@ -34,7 +36,7 @@ def sample(logits: Tensor, requests: list[Request]) -> list[int]:
 
 def _draw(logits: Tensor, request: Request) -> int:
     params = request.params
-    logits = logits / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, _COLDEST)
     if 0 < params.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)

@@ -79,7 +79,9 @@ def _export(program: Program) -> torch.export.ExportedProgram:
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in program.symbols.items()}
     args, shapes = [], []
     for spec in program.inputs:
-        args.append(torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=getattr(torch, spec.dtype)))
+        args.append(
+            torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=getattr(torch, spec.dtype))
+        )
         shapes.append({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)})
     return torch.export.export(module, tuple(args), dynamic_shapes=tuple(shapes), strict=False)
 

@@ -26,7 +26,7 @@ LIBRARY = torch.library.Library("optc", "FRAGMENT")
 
 
 def _probabilities(scores: Tensor, visible: Tensor, softcap: float, sinks: Tensor | None) -> Tensor:
-    """scores f32[KV, R, Q, S] already scaled, visible bool[Q, S], sinks [KV * R] or None -> weights f32[KV, R, Q, S]."""
+    """Scores f32[KV, R, Q, S] already scaled, visible bool[Q, S], sinks [KV * R] or None -> weights f32[KV, R, Q, S]."""
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -44,8 +44,10 @@ def _visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Ten
     return visible & (distance < window) if window > 0 else visible
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-    """q [Q, H, Dk], k [S, KV, Dk], v [S, KV, Dv], visible bool[Q, S] -> f32[Q, H, Dv]."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Q [Q, H, Dk], k [S, KV, Dk], v [S, KV, Dv], visible bool[Q, S] -> f32[Q, H, Dv]."""
     queries, heads, k_dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[2]
     grouped = q.float().view(queries, kv_heads, heads // kv_heads, k_dim)

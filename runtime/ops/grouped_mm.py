@@ -11,7 +11,7 @@ LIBRARY.define("grouped_mm(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 
 
 def grouped_mm_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [S, K] with rows sorted by group, weight [G, K, N], offsets i32[G] (end of each group's rows) -> [S, N].
+    """X [S, K] with rows sorted by group, weight [G, K, N], offsets i32[G] (end of each group's rows) -> [S, N].
 
     Rows at or after offsets[G - 1] belong to no group; they are zero.
     """

@@ -11,12 +11,12 @@ LIBRARY.define("linear_fp8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) 
 
 
 def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight float8_e4m3fn[N, K], scale f32[N] -> f32[N, K]: the stored weight, and the oracle of every FP8 kernel."""
+    """Weight float8_e4m3fn[N, K], scale f32[N] -> f32[N, K]: the stored weight, and the oracle of every FP8 kernel."""
     return weight.float() * scale[:, None]
 
 
 def linear_fp8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the dequantized weight, rounded to x's dtype, plus bias [N] -> [..., N] in x's dtype."""
+    """X [..., K] times the dequantized weight, rounded to x's dtype, plus bias [N] -> [..., N] in x's dtype."""
     return torch.nn.functional.linear(x, dequantize_fp8(weight, scale).to(x.dtype), bias)
 
 

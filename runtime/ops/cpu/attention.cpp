@@ -14,9 +14,9 @@ std::vector<float> read_sinks(const std::optional<Tensor>& sinks, int64_t heads)
   if (!sinks) return values;
   check_shape("sinks", *sinks, {heads});
   values.resize(heads);
-  const Tensor contiguous = torch::stable::contiguous(*sinks);
+  const Tensor adjacent = as_contiguous(*sinks);
   dispatch_float("sinks", sinks->scalar_type(), [&](auto type) {
-    load_row(static_cast<const decltype(type)*>(contiguous.data_ptr()), values.data(), heads);
+    load_row(static_cast<const decltype(type)*>(adjacent.data_ptr()), values.data(), heads);
   });
   return values;
 }
@@ -119,9 +119,9 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
   check(kv_cache.stride(3) == 1, "the elements of a kv_cache row must be adjacent");
 
   const Tensor q = with_adjacent_elements(q_in);
-  const Tensor block_table = torch::stable::contiguous(block_table_in);
-  const Tensor query_start_loc = torch::stable::contiguous(query_start_loc_in);
-  const Tensor seq_lens = torch::stable::contiguous(seq_lens_in);
+  const Tensor block_table = as_contiguous(block_table_in);
+  const Tensor query_start_loc = as_contiguous(query_start_loc_in);
+  const Tensor seq_lens = as_contiguous(seq_lens_in);
   Tensor out = torch::stable::new_empty(q, {tokens, heads, v_dim});
 
   dispatch_float("paged_attention", dtype, [&](auto type) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -51,10 +52,15 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
         toString(dtype));
 }
 
+// stable::contiguous asks the dispatcher even when there is nothing to copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The tensor itself when the elements of its last dimension are adjacent, else a contiguous copy.
 inline Tensor with_adjacent_elements(const Tensor& tensor) {
   int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : as_contiguous(tensor);
 }
 
 // Calls `f` with a value of the C++ type of `dtype`.

@@ -1,8 +1,9 @@
 // Flash attention over paged or contiguous keys and values: how the work is cut into items and shared by threads.
 //
 // The rows of a sequence and a KV head are its queries times the query heads of the KV head, query by query. An item is
-// up to kTileRows of them and a range of splits of their keys. A sequence with few rows (decode) gives every split its
-// own item, so that one long sequence keeps all threads busy; the item that finishes last merges the parts in order.
+// up to kTileRows of them and a range of splits of their keys. A sequence that makes few items otherwise (decode) gives
+// every split its own, so that one long sequence keeps all threads busy; the item that finishes last merges the parts in
+// order. Which way is taken changes only the time, not the numbers.
 #pragma once
 
 #include <atomic>
@@ -166,7 +167,7 @@ class Worker {
     }
   }
 
-  // Where the keys and values of a tile are.
+  // Where the keys and values of a tile are in memory.
   struct TileRows {
     int64_t count;
     const T *keys[kTileKeys], *values[kTileKeys];
@@ -176,14 +177,19 @@ class Worker {
     rows.count = std::min(kTileKeys, end - start);
     const T* k = p_.k + item.sequence->k_offset + item.kv_head * p_.k_stride.head;
     const T* v = p_.v + item.sequence->v_offset + item.kv_head * p_.v_stride.head;
-    int64_t block = start / p_.block_size, offset = start % p_.block_size;
-    for (int64_t j = 0; j < rows.count; block++, offset = 0) {
+    // A window may begin inside the tile. What lies before it may be given back already, so its place is taken by the
+    // first key of the window; no row sees it there.
+    const int64_t skipped = std::max<int64_t>(0, item.first_key - start);
+    int64_t block = (start + skipped) / p_.block_size, offset = (start + skipped) % p_.block_size;
+    for (int64_t j = skipped; j < rows.count; block++, offset = 0) {
       const int64_t number = item.sequence->blocks[block];
       for (; j < rows.count && offset < p_.block_size; j++, offset++) {
         rows.keys[j] = k + number * p_.k_stride.block + offset * p_.k_stride.token;
         rows.values[j] = v + number * p_.v_stride.block + offset * p_.v_stride.token;
       }
     }
+    std::fill_n(rows.keys, skipped, rows.keys[skipped]);
+    std::fill_n(rows.values, skipped, rows.values[skipped]);
   }
 
   // Brings a tile into float32, the keys transposed, and meanwhile the next one into the processor's cache.
@@ -207,6 +213,19 @@ class Worker {
 
   void transpose_keys(const T* const* rows, float* to) {
     int64_t d = 0;
+    if constexpr (sizeof(T) == 2) {  // in pairs, at half the work
+      for (; d + 2 * kLanes <= p_.k_dim; d += 2 * kLanes) {
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; j++) square[j] = load(reinterpret_cast<const float*>(rows[j] + d));
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) {
+          store(to + (d + 2 * i) * kTileKeys, widen<T>((BitsVec)square[i] & 0xffffu));
+          store(to + (d + 2 * i + 1) * kTileKeys, widen<T>((BitsVec)square[i] >> 16));
+        }
+      }
+    }
     for (; d + kLanes <= p_.k_dim; d += kLanes) {
       Vec square[kLanes];
 #pragma GCC unroll 16
@@ -236,6 +255,9 @@ class Worker {
   TileRows tile_rows_[2], *rows_ = &tile_rows_[0], *next_ = &tile_rows_[1];
 };
 
+constexpr int64_t kEnoughItems = 64;             // so many items of a sequence keep all threads busy as they are
+constexpr int64_t kMaxSharedFloats = 4ll << 20;  // memory of a sequence's partial results
+
 // First key that the query at `position` sees.
 inline int64_t first_visible(int64_t position, int64_t window) {
   return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
@@ -245,14 +267,16 @@ template <typename T>
 std::vector<Item> make_items(const Problem<T>& p, std::deque<SharedRows>& shared) {
   std::vector<Item> items;
   for (const Sequence& sequence : p.sequences) {
-    const int64_t rows = sequence.queries * p.group();
-    const bool few_rows = rows <= kTileRows;
+    const int64_t rows = sequence.queries * p.group(), tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t part_floats = p.kv_heads * Partial::floats(rows, p.width());
+    const int64_t splits = (sequence.length - 1) / kSplitKeys + 1;
+    const bool split_keys = tiles * p.kv_heads < kEnoughItems && splits * part_floats <= kMaxSharedFloats;
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t count = std::min(kTileRows, rows - row), before = sequence.length - sequence.queries;
       const int64_t first_key = first_visible(before + row / p.group(), p.window);
       const int64_t end_key = before + (row + count - 1) / p.group() + 1;
       const int64_t first_split = first_key / kSplitKeys, end_split = (end_key - 1) / kSplitKeys + 1;
-      const bool share = few_rows && end_split - first_split > 1;
+      const bool share = split_keys && end_split - first_split > 1;
       for (int64_t kv_head = 0; kv_head < p.kv_heads; kv_head++) {
         SharedRows* parts = nullptr;
         if (share) {

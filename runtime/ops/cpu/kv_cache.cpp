@@ -20,7 +20,7 @@ void kv_cache_write(const Tensor& k_in, const Tensor& v_in, Tensor kv_cache, con
   check(kv_cache.stride(3) == 1 || kv_cache.size(3) <= 1, "the elements of a kv_cache row must be adjacent");
 
   const Tensor k = with_adjacent_elements(k_in), v = with_adjacent_elements(v_in);
-  const Tensor slot_mapping = torch::stable::contiguous(slot_mapping_in);
+  const Tensor slot_mapping = as_contiguous(slot_mapping_in);
   const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
   const int64_t block_size = kv_cache.size(2), num_slots = kv_cache.size(0) * block_size;
   for (int64_t t = 0; t < tokens; t++)

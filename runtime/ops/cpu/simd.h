@@ -60,17 +60,28 @@ inline BitsVec load_half_bits(const void* p) {
 #endif
 }
 
-inline Vec load(const BFloat16* p) { return (Vec)(load_half_bits(p) << 16); }
+// The float32 values of 16-bit floats that are zero-extended to 32 bits.
+template <typename T>
+inline Vec widen(BitsVec bits);
+
+template <>
+inline Vec widen<BFloat16>(BitsVec bits) {
+  return (Vec)(bits << 16);
+}
 
 // float16 puts exponent and mantissa 13 bits lower than float32 does; 2^112 corrects the exponent bias, exactly also for
 // subnormals. Infinity and NaN keep an exponent of all ones.
-inline Vec load(const Half* p) {
-  BitsVec bits = load_half_bits(p), magnitude = (bits & 0x7fffu) << 13;
+template <>
+inline Vec widen<Half>(BitsVec bits) {
+  BitsVec magnitude = (bits & 0x7fffu) << 13;
   Vec finite = (Vec)magnitude * 0x1p112f;
   BitsVec special = magnitude | 0x7f800000u;
   BitsVec value = (bits & 0x7c00u) == 0x7c00u ? special : (BitsVec)finite;
   return (Vec)(value | (bits & 0x8000u) << 16);
 }
+
+inline Vec load(const BFloat16* p) { return widen<BFloat16>(load_half_bits(p)); }
+inline Vec load(const Half* p) { return widen<Half>(load_half_bits(p)); }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
