@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
+from typing import Any
 
 import click
+
+from .errors import OptcError
 
 _COMMANDS = {
     "compile": "optimizer",
@@ -27,12 +29,21 @@ class _LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error of ours becomes one line and its exit code, unless `--debug` wants the traceback."""
+        try:
+            return super().invoke(ctx)
+        except OptcError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="optc")
 @click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
-@click.pass_context
-def optc(ctx: click.Context, debug: bool) -> None:
+def main(debug: bool) -> None:
     """Compile language models ahead of time, and run what comes out.
 
     \b
@@ -44,20 +55,7 @@ def optc(ctx: click.Context, debug: bool) -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate was not met.
     """
-    ctx.obj = {"debug": debug}
 
 
-def main() -> None:
-    """Entry point of the console script: errors on one line, without a traceback unless `--debug` asks for it."""
-    from .errors import OptcError
-
-    try:
-        optc(standalone_mode=True)
-    except OptcError as error:
-        if "--debug" in sys.argv:
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+if __name__ == "__main__":
+    main()

@@ -133,6 +133,9 @@ def _mask_function(recorder: Recorder) -> Callable[..., MaskSpec]:
     """Stands in for transformers' mask builders; the arguments are theirs."""
 
     def describe(**given: Any) -> MaskSpec:
+        padding = given.get("attention_mask")
+        if type(padding) is Tensor and not padding.is_meta and not padding.all():
+            return MaskSpec(problem="hides tokens by their values")
         size, limit = int(given.get("local_size") or 0), recorder.max_model_len
         rows = {0, 1, 5, size // 2, size, size + 1, 2 * size + 1, 3 * size + 2, limit - 1}
         possible = {size, 0}
@@ -164,7 +167,7 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
     masks = masking_utils.AttentionMaskInterface._global_mapping
     saved_mask, saved_packed = masks.get(implementation), masking_utils.find_packed_sequence_indices
     saved_sdpa, saved_grouped = nn.functional.scaled_dot_product_attention, moe._grouped_mm
-    saved_chunked = masking_utils.chunked_causal_mask_function
+    saved_chunked, saved_max = masking_utils.chunked_causal_mask_function, torch.max
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, dropout_p: float = 0.0, is_causal: bool = False,
              scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
@@ -172,6 +175,11 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
             module = recorder.running[-1] if recorder.running else nn.Identity()
             return recorder.attention(module, query, key, value, attn_mask, scale, 0.0, None).transpose(1, 2)
         return saved_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[arg-type]
+
+    def longest(*args: Any, **kwargs: Any) -> Any:
+        """A RoPE module that asks how long the data is hears the largest length: see `decide_rope`."""
+        asks = len(args) == 1 and not kwargs and recorder.running and hasattr(recorder.running[-1], "rope_type")
+        return recorder.max_model_len - 1 if asks else saved_max(*args, **kwargs)
 
     AttentionInterface.register(IMPLEMENTATION, _interface_function(recorder))
     masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
@@ -181,6 +189,7 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
         size, torch.zeros(1, dtype=torch.long)
     )
     nn.functional.scaled_dot_product_attention = sdpa  # type: ignore[assignment]
+    torch.max = longest  # type: ignore[assignment]
     moe._grouped_mm = lambda x, weight, offs: torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)
     hooks = (
         nn.modules.module.register_module_forward_pre_hook(recorder.enter),
@@ -193,7 +202,7 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
             hook.remove()
         moe._grouped_mm, nn.functional.scaled_dot_product_attention = saved_grouped, saved_sdpa
         masking_utils.find_packed_sequence_indices = saved_packed
-        masking_utils.chunked_causal_mask_function = saved_chunked
+        masking_utils.chunked_causal_mask_function, torch.max = saved_chunked, saved_max
         if saved_mask is not None:
             masking_utils.AttentionMaskInterface.register(implementation, saved_mask)
 
@@ -231,7 +240,9 @@ def capture(model: PreTrainedModel, max_model_len: int) -> tuple[Program, list[s
         exported = _export(model, recorder)
     _check_layers(model, recorder, _attention_nodes(exported))
     program = _to_program(exported, max_model_len)
-    _check_tokens_meet_only_in_attention(program, model)
+    if not _positions(program).users:
+        raise UnsupportedModelError(_no_positions(model))
+    _check_tokens_meet_only_in_attention(program, _who(model))
     if not model._can_set_attn_implementation():
         notes.append(
             f"{type(model).__name__} bypasses transformers' attention interface; captured at scaled_dot_product_attention"
@@ -262,9 +273,12 @@ def rehearse(model: PreTrainedModel, max_model_len: int) -> None:
 
 
 def _check_positions(model: PreTrainedModel, max_model_len: int) -> None:
-    """Refuse models that number tokens otherwise than 0, 1, 2, ... if nobody says (RoBERTa starts after its padding id)."""
+    """Refuse models that by themselves number tokens otherwise than 0, 1, 2, ..., as RoBERTa does, or hide some of them."""
     length = min(_EXAMPLE_TOKENS, max_model_len)
     ids = torch.arange(7, 7 + length)[None] % model.config.vocab_size
+    pad = getattr(model.config, "pad_token_id", None)
+    if isinstance(pad, int) and 0 <= pad < model.config.vocab_size:
+        ids[0, length // 2] = pad  # an ordinary token to optc
     recorder = Recorder(max_model_len)
     try:
         with torch.no_grad(), _quiet(), _interceptable(model, recorder):
@@ -276,7 +290,7 @@ def _check_positions(model: PreTrainedModel, max_model_len: int) -> None:
         raise _cannot_capture(model, recorder, error) from error
     if not torch.allclose(counted, given, rtol=0, atol=0, equal_nan=True):
         raise UnsupportedModelError(
-            f"{_who(model)} does not number its tokens 0, 1, 2, ... as optc does, so that {_attention_names(model)} would "
+            f"{_who(model)} does not number its tokens 0, 1, 2, ... as optc does, so that {attention_names(model)} would "
             "get wrong positions; use a model whose positions count from 0"
         )
 
@@ -331,11 +345,15 @@ def _cannot_capture(model: PreTrainedModel, recorder: Recorder, error: Exception
     names = {id(module): name for name, module in model.named_modules() if name}
     inner = next((module for module in reversed(recorder.running) if id(module) in names), model)
     where = f"{names.get(id(inner), 'the model')} ({type(inner).__name__})"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = f"failed under torch.export: {lines[0]}"
+    reason = f"failed under torch.export: {first_line(error)}"
     if _computes_with_mask(error):
         reason = "computes with the attention mask itself"
     return UnsupportedModelError(f"{_who(model)} cannot be captured: {where} {reason}. {_way_out(model)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _who(model: PreTrainedModel) -> str:
@@ -364,7 +382,8 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in named.items() if not any(other.startswith(name + ".") for other in named)}
 
 
-def _attention_names(model: nn.Module) -> str:
+def attention_names(model: nn.Module) -> str:
+    """The classes of the model's attention modules, for messages."""
     return ", ".join(sorted({type(module).__name__ for module in _attention_modules(model).values()}))
 
 
@@ -372,7 +391,7 @@ def _way_out(model: PreTrainedModel) -> str:
     if model._can_set_attn_implementation():
         return "optc compiles decoder-only models with causal attention whose control flow does not depend on data"
     return (
-        f"Its {_attention_names(model)} bypasses transformers' attention interface; "
+        f"Its {attention_names(model)} bypasses transformers' attention interface; "
         "use a model whose modelling file goes through it"
     )
 
@@ -380,7 +399,7 @@ def _way_out(model: PreTrainedModel) -> str:
 def _no_positions(model: PreTrainedModel) -> str:
     return (
         f"{_who(model)} does not use position ids, so its positions cannot be given from outside (ALiBi, or positions "
-        f"counted inside the model; its attention is {_attention_names(model)}); "
+        f"counted inside the model; its attention is {attention_names(model)}); "
         "use a model with rotary or learned positions"
     )
 
@@ -462,12 +481,17 @@ _MIXING = {
 _ROW_MOVES = {"index", "index_put", "gather", "scatter", "index_add", "index_select", "scatter_add", "index_copy"}
 
 
-def _check_tokens_meet_only_in_attention(program: Program, model: PreTrainedModel) -> None:
+def _positions(program: Program) -> fx.Node:
+    return program.graph.find_nodes(op="placeholder")[1]
+
+
+def _check_tokens_meet_only_in_attention(program: Program, who: str) -> None:
     """Refuse graphs in which tokens influence each other outside attention, or that count positions themselves."""
-    who = _who(model)
-    placeholders = program.graph.find_nodes(op="placeholder")
-    if not placeholders[1].users:
-        raise UnsupportedModelError(_no_positions(model))
+    if (node := _reduces_positions(program)) is not None:
+        raise UnsupportedModelError(
+            f"{who}: {_module_of(node)} looks at all positions together (aten.{_packet(node)}), which in a batch are those "
+            "of many sequences; optc does not support that"
+        )
     for node in program.graph.nodes:
         packet = _packet(node)
         if free_unbacked_symbols(node.meta["val"]):
@@ -490,17 +514,34 @@ def _check_tokens_meet_only_in_attention(program: Program, model: PreTrainedMode
             )
 
 
+def _reduces_positions(program: Program) -> fx.Node | None:
+    """The first node that makes one value of all positions, such as the length of the data."""
+    made_of_positions = {_positions(program)}
+    for node in program.graph.nodes:
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        inputs = {n for n in node.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], Tensor)}
+        if not inputs or not inputs <= made_of_positions:
+            continue
+        if not _has_tokens(node):
+            return node
+        made_of_positions.add(node)
+    return None
+
+
 def _packet(node: fx.Node) -> str:
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
-def _runs_along_tokens(node: fx.Node) -> bool:
+def _has_tokens(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return False
-    if _packet(node) in ("cumsum", "cumprod"):
-        return isinstance(value.shape[node.args[1]], torch.SymInt)  # type: ignore[index]
-    return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
+
+
+def _runs_along_tokens(node: fx.Node) -> bool:
+    if _packet(node) in ("cumsum", "cumprod") and _has_tokens(node):
+        return isinstance(node.meta["val"].shape[node.args[1]], torch.SymInt)  # type: ignore[index]
+    return _has_tokens(node)
 
 
 def _counts_positions(arange: fx.Node) -> bool:
@@ -570,13 +611,15 @@ def capture_module(module: nn.Module, example_inputs: tuple[Tensor, Tensor], max
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(module).__name__} cannot be captured with torch.export: {str(error).strip().splitlines()[0]}"
+            f"{type(module).__name__} cannot be captured with torch.export: {first_line(error)}"
         ) from error
     if not _attention_nodes(exported):
         raise UnsupportedModelError(
             f"{type(module).__name__} calls no causal scaled_dot_product_attention on [1, H, T, D]; optc found no attention layer"
         )
-    return _to_program(exported, max_model_len)
+    program = _to_program(exported, max_model_len)
+    _check_tokens_meet_only_in_attention(program, type(module).__name__)
+    return program
 
 
 def _describe(module: nn.Module) -> str:

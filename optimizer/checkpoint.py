@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
-from .capture import rehearse
+from .capture import attention_names, first_line, rehearse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+_ENCODERS = ("vision_config", "audio_config", "image_config", "vq_config")
 
 # Modules that keep a state of their own from token to token, besides the KV cache.
 _STATEFUL = re.compile(
@@ -116,7 +118,7 @@ def _download(source: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{source}: no such local folder, and the hub gave no model of that name: {reason}"
         ) from error
@@ -140,7 +142,7 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UnsupportedModelError(f"{source}: unknown architecture {model_type!r}: {reason}") from error
 
 
@@ -152,19 +154,17 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; optc compiles decoder-only language models")
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; optc compiles decoder-only language models, choose one")
+    encoders = sorted(name.removesuffix("_config") for name in vars(config) if name in _ENCODERS)
+    text = config.get_text_config()
+    if encoders or text is not config:
+        other = f" with a {' and a '.join(encoders)} encoder" if encoders else ""
+        raise UnsupportedModelError(
+            f"{kind} wraps a language model ({text.model_type}){other}; save its language model by itself and compile that"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"{kind} is not a causal language model in transformers; optc compiles models of AutoModelForCausalLM"
-        )
-    inner = sorted(name for name in vars(config) if name in ("vision_config", "audio_config", "image_config"))
-    if inner:
-        raise UnsupportedModelError(
-            f"{kind} wraps a language model with a {inner[0].removesuffix('_config')} encoder; export its text model and compile that"
-        )
-    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
-        raise UnsupportedModelError(
-            f"{kind} uses ALiBi position biases, which optc's attention does not have; use a model with rotary or learned positions"
         )
 
 
@@ -179,20 +179,25 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> None:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        raise UnsupportedModelError(
-            f"{kind} cannot be built by transformers: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UnsupportedModelError(f"{kind} cannot be built by transformers: {first_line(error)}") from error
     for name, module in skeleton.named_modules():
-        if _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name):
+        is_stateful = _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name)
+        if name and is_stateful:
             raise UnsupportedModelError(
-                f"{kind} is a state-space or hybrid model: {name} ({type(module).__name__}) keeps a state besides the KV cache; "
-                "optc compiles models whose layers are all attention"
+                f"{kind} is a state-space or hybrid model: {name} ({type(module).__name__}) keeps a state besides the KV "
+                "cache; optc compiles models whose layers are all attention"
             )
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise UnsupportedModelError(
+            f"{kind} uses ALiBi: {attention_names(skeleton)} adds position biases, which optc's attention does not have; "
+            "use a model with rotary or learned positions"
+        )
     rehearse(skeleton, max_model_len)
 
 
 def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
-    known = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    names = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+    known = next((found for name in names if (found := getattr(config, name, None))), None)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
     if wanted is None:
@@ -249,7 +254,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
             local_files_only=True,
         )
     except Exception as error:
-        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -275,7 +280,7 @@ def load_tokenizer(folder: Path) -> TokenizerData | None:
         backend = tokenizer.backend_tokenizer
     except Exception as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+            f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from error
     backend.no_truncation()
     backend.no_padding()
@@ -297,7 +302,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
-    """Add a PEFT LoRA adapter to the weights in place: W += scaling * B @ A, computed in float32.
+    """Add a PEFT LoRA adapter to the weights: W += scaling * B @ A, computed in float32.
 
     `scaling` is lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023); rank and alpha
     patterns are honoured. Layers that store W transposed (GPT-2's Conv1D) are handled.
@@ -333,7 +338,8 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
                 else f"that layer is {tuple(weight.shape)}, the adapter's is {tuple(delta.shape)}"
             )
             raise CheckpointError(f"{adapter}: adapter for another model: {name}: {found} in {type(model).__name__}")
-        weight.data.copy_((weight.float() + delta).to(weight.dtype))
+        # A new tensor, so that an adapted output layer leaves the input embedding alone that it was tied to.
+        modules[name].weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
 
 
 def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -355,8 +361,9 @@ def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple
 def _lora_scaling(config: dict[str, Any], name: str, rank: int) -> float:
     alpha = float(config.get("lora_alpha", rank))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}$", name):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = float(value)
+            break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,19 +33,24 @@ def writing(output: Path, *, force: bool) -> Iterator[Path]:
         ArtifactError: the disk is full or the folder cannot be written.
     """
     check_output(output, force=force)
-    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
+    lock = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
         temporary.mkdir()
+        lock = _lock(temporary)
         yield temporary
         _sync(temporary)
+        check_output(output, force=force)
         _replace(temporary, output)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ArtifactError(f"{output}: cannot write the artifact: {what}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -60,11 +68,27 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Temporary folders of compiles that were killed; one whose process lives is left alone."""
-    for folder in output.parent.glob(f".{output.name}.*.tmp"):
-        pid = folder.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+    """Remove what compiles that were killed left; one that runs holds a lock on its folder and is left alone."""
+    prefix = f".{glob.escape(output.name)}."
+    for folder in [*output.parent.glob(f"{prefix}*.tmp"), *output.parent.glob(f"{prefix}*.old")]:
+        lock = _lock(folder)
+        if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on `folder` that ends with this process, or when the descriptor is closed; None if another holds it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _sync(folder: Path) -> None:
@@ -77,7 +101,7 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(temporary: Path, output: Path) -> None:
-    old = output.parent / f".{output.name}.{os.getpid()}.old"
+    old = temporary.with_suffix(".old")
     if output.exists():
         output.rename(old)
     try:

@@ -6,32 +6,56 @@ chunks, so that a graph which mixes tokens of different sequences, or forgets ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
-from .graph import Program
+from .graph import Program, get_weight
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK_SIZE = 4
 
 
-class Float32Interpreter(fx.Interpreter):
-    """Runs a graph of any dtype in float32. A weight is widened only while an op uses it."""
+def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "optc" and target._schema.is_mutable:
-            return super().call_function(target, args, kwargs)  # a widened copy would be written instead of the cache
-        args, kwargs = torch.utils._pytree.tree_map(self._widen, (args, kwargs))
-        return super().call_function(target, args, kwargs)
+    The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
+    while an op uses it. A later run may depend on what an earlier one wrote into a cache, as two chunks of a prompt do.
+    """
+    environments: list[dict[fx.Node, Any]] = [{} for _ in runs]
+    inputs = [iter(run) for run in runs]
+    last_use = {used: node for node in module.graph.nodes for used in node.all_input_nodes}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            break
+        weights = {
+            used: _widen(get_weight(module, used.target)) for used in node.all_input_nodes if used.op == "get_attr"
+        }
+        for environment, given in zip(environments, inputs, strict=True):
+            if node.op == "placeholder":
+                environment[node] = next(given)
+            elif node.op == "call_function":
+                known = {**environment, **weights} if weights else environment
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                environment[node] = node.target(*_float32_arguments(args), **_float32_arguments(kwargs))
+            for used in node.all_input_nodes:
+                if last_use[used] is node:
+                    environment.pop(used, None)
+    result = module.graph.output_node().args[0][0]  # type: ignore[index]
+    return [environment[result].float() for environment in environments]  # type: ignore[index]
 
-    @staticmethod
-    def _widen(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.dtype in _LOW_PRECISION else value
-        return torch.float32 if isinstance(value, torch.dtype) and value in _LOW_PRECISION else value
+
+def _widen(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in _LOW_PRECISION else value
+
+
+def _float32_arguments(arguments: Any) -> Any:
+    """The same arguments, with float32 where an op is told to make a narrower dtype."""
+    return tree_map(lambda x: torch.float32 if isinstance(x, torch.dtype) and x in _LOW_PRECISION else x, arguments)
 
 
 @dataclass(frozen=True)
@@ -52,16 +76,15 @@ class Probe:
         names = [spec.name for spec in program.inputs]
         if "block_table" in names:
             return self._paged_logits(program)
-        results = []
-        for tokens in self.sequences:
-            positions = torch.arange(len(tokens))
-            caches = self._caches(program, num_blocks=-(-len(tokens) // _BLOCK_SIZE))
-            values = {"input_ids": tokens, "positions": positions, "slot_mapping": positions, **caches}
-            inputs = [values[spec.name] for spec in program.inputs]
-            inputs = [x[None] if len(spec.shape) == 2 else x for x, spec in zip(inputs, program.inputs, strict=True)]
-            output = Float32Interpreter(program.module).run(*inputs)[0]
-            results.append(output.float().reshape(len(tokens), -1))
-        return results
+        runs = [self._whole_sequence(program, tokens) for tokens in self.sequences]
+        results = run_float32(program.module, runs)
+        return [rows.reshape(len(tokens), -1) for rows, tokens in zip(results, self.sequences, strict=True)]
+
+    def _whole_sequence(self, program: Program, tokens: Tensor) -> list[Tensor]:
+        positions = torch.arange(len(tokens))
+        caches = self._caches(program, num_blocks=-(-len(tokens) // _BLOCK_SIZE))
+        values = {"input_ids": tokens, "positions": positions, "slot_mapping": positions, **caches}
+        return [values[s.name][None] if s.shape[0] == 1 else values[s.name] for s in program.inputs]
 
     @staticmethod
     def error(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -82,37 +105,35 @@ class Probe:
         lengths = [len(s) for s in self.sequences]
         table, num_blocks = _block_table(lengths)
         caches = self._caches(program, num_blocks)
-        done = [0] * len(lengths)
-        pieces: list[list[Tensor]] = [[] for _ in lengths]
-        for share in (0.4, 1.0):
-            upto = [max(1, int(n * share)) for n in lengths]
-            counts = [end - start for start, end in zip(done, upto, strict=True)]
-            logits = self._step(program, table, caches, done, upto)
-            for piece, rows in zip(pieces, torch.split(logits, counts), strict=True):
-                piece.append(rows)
-            done = upto
-        return [torch.cat(piece) for piece in pieces]
+        half = [max(1, int(n * 0.4)) for n in lengths]
+        spans = [([0] * len(lengths), half), (half, lengths)]
+        runs = [self._step_inputs(program, table, caches, start, end) for start, end in spans]
+        chunks = run_float32(program.module, runs)
+        pieces = [
+            rows.reshape(sum(end) - sum(start), -1).split([e - s for s, e in zip(start, end, strict=True)])
+            for rows, (start, end) in zip(chunks, spans, strict=True)
+        ]
+        return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
-    def _step(self, program: Program, table: Tensor, caches: dict[str, Tensor], done: list[int], upto: list[int]) -> Tensor:
-        positions = torch.cat([torch.arange(start, end) for start, end in zip(done, upto, strict=True)])
-        counts = torch.tensor([end - start for start, end in zip(done, upto, strict=True)])
+    def _step_inputs(
+        self, program: Program, table: Tensor, caches: dict[str, Tensor], start: list[int], end: list[int]
+    ) -> list[Tensor]:
+        """Inputs of the step that computes tokens start .. end of every sequence."""
+        positions = torch.cat([torch.arange(a, b) for a, b in zip(start, end, strict=True)])
+        counts = torch.tensor(end) - torch.tensor(start)
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        slots = table[owner, positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        tokens = torch.cat([s[a:b] for s, a, b in zip(self.sequences, done, upto, strict=True)])
+        tokens = torch.cat([s[a:b] for s, a, b in zip(self.sequences, start, end, strict=True)])
         values = {
             "input_ids": tokens,
             "positions": positions,
-            "slot_mapping": slots,
+            "slot_mapping": table[owner, positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE,
             "block_table": table,
-            "query_start_loc": starts.to(torch.int32),
-            "seq_lens": torch.tensor(upto, dtype=torch.int32),
+            "query_start_loc": torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(torch.int32),
+            "seq_lens": torch.tensor(end, dtype=torch.int32),
             "logits_indices": torch.arange(len(tokens)),
             **caches,
         }
-        inputs = [values[spec.name] for spec in program.inputs]
-        output: Tensor = Float32Interpreter(program.module).run(*inputs)[0]
-        return output.float().reshape(len(tokens), -1)
+        return [values[spec.name] for spec in program.inputs]
 
 
 def _block_table(lengths: list[int]) -> tuple[Tensor, int]:

@@ -7,17 +7,18 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors
+import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..errors import ArtifactError
 from .cache import cache_folder
 from .manifest import SCHEMA_VERSION, Manifest
-from .program import find_op
+from .program import decode_program, find_op
 
 MANIFEST = "manifest.json"
 
@@ -36,9 +37,19 @@ class Artifact:
         """A portable program, as JSON."""
         try:
             content: dict[str, Any] = json.loads(self.file(file).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{self.file(file)}: not a program: {error}") from error
         return content
+
+    def load_program(
+        self, file: str, constants: dict[str, Tensor], device: torch.device
+    ) -> tuple[fx.GraphModule, list[str]]:
+        """A portable program as a callable graph, and the names of its inputs; see `decode_program`."""
+        try:
+            return decode_program(self.program(file), constants, device)
+        except ArtifactError as error:
+            found = str(error).removeprefix(f"{self.file(file)}: ")
+            raise ArtifactError(f"{self.file(file)}: {found}") from error
 
     def constants(self) -> dict[str, Tensor]:
         """Every constant by name, memory-mapped: nothing is read until it is used.
@@ -96,7 +107,10 @@ def open_artifact(
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.touch()
     for op in manifest.required_ops:
-        find_op(op)
+        try:
+            find_op(op)
+        except ArtifactError as error:
+            raise ArtifactError(f"{folder}: {error}") from error
     return Artifact(folder, manifest)
 
 
@@ -113,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: holds no {MANIFEST}; expected a folder that `optc compile` wrote")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -131,15 +145,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _named_files(manifest: Manifest) -> list[str]:
     names = [manifest.step.file, manifest.score.file, *(record.file for record in manifest.constants.values())]
-    names += [name for native in manifest.native for name in (native.step, native.kernels) if name]
+    names += [name for native in manifest.native for name in (native.step, native.kernels) if name is not None]
     if manifest.tokenizer:
-        names += [name for name in (manifest.tokenizer.tokenizer, manifest.tokenizer.chat_template) if name]
+        names += [manifest.tokenizer.tokenizer]
+        names += [] if manifest.tokenizer.chat_template is None else [manifest.tokenizer.chat_template]
     return names
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    inside = not Path(name).is_absolute() and (folder / name).resolve().is_relative_to(folder.resolve())
-    if not inside or ".." in Path(name).parts:
+    path = PurePosixPath(name)
+    plain = str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if not plain or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(
             f"{folder / MANIFEST}: names the file {name!r}, which lies outside the artifact; do not trust it"
         )

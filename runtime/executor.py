@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .artifact import Artifact
+from .artifact import MANIFEST, Artifact
 from .manifest import NativeCode
 from .ops.kernels import cpu_flags, load_kernels
-from .program import decode_program
 
 logger = logging.getLogger("optc")
 
@@ -57,14 +56,16 @@ class Executor:
                 spec.kv_heads,
                 manifest.block_size,
                 spec.k_dim + spec.v_dim,
-                dtype=getattr(torch, spec.dtype),
+                dtype=_dtype(artifact, spec.dtype),
                 device=self.device,
             )
             for spec in manifest.kv_cache
         }
 
     def _load_native(self, artifact: Artifact, code: NativeCode) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-        assert code.step is not None and code.kernels is not None
+        if code.step is None or code.kernels is None:
+            lacking = "step program" if code.step is None else "kernels library"
+            raise ArtifactError(f"{artifact.file(MANIFEST)}: ready code without a {lacking}; compile the model again")
         load_kernels(artifact.file(code.kernels))
         path = artifact.file(code.step)
         try:
@@ -73,6 +74,8 @@ class Executor:
             raise ArtifactError(f"{path}: cannot be loaded: {error}; compile the model again") from error
         # Running before every constant is bound is a segmentation fault, so the names are compared first.
         wanted = set(loader.get_constant_fqns())
+        if unknown := sorted(set(code.constants.values()) - self.constants.keys()):
+            raise ArtifactError(f"{path}: wants the constant {unknown[0]!r}, which the artifact does not hold")
         bound = {name: self.constants[source] for name, source in code.constants.items() if name in wanted}
         if missing := sorted(wanted - bound.keys()):
             raise ArtifactError(
@@ -83,7 +86,7 @@ class Executor:
 
     def _load_portable(self, artifact: Artifact) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         constants = {name: value.to(self.device) for name, value in self.constants.items()}
-        step, names = decode_program(artifact.program(artifact.manifest.step.file), constants, self.device)
+        step, names = artifact.load_program(artifact.manifest.step.file, constants, self.device)
         if names != self._names:
             raise ArtifactError(f"{artifact.path}: the step program takes {names}, the manifest says {self._names}")
         return lambda inputs: step(*inputs)
@@ -112,7 +115,7 @@ def usable_code(artifact: Artifact) -> NativeCode | None:
             "%s has no native code yet (%s); running the portable program, which is slow", artifact.path, reason
         )
         return None
-    (code,) = ready
+    code = ready[0]
     way_out = "compile the model again for this machine, or run the portable program with native=False (--no-native)"
     if lacking := sorted(set(code.cpu_features) - cpu_flags()):
         raise ArtifactError(
@@ -124,6 +127,15 @@ def usable_code(artifact: Artifact) -> NativeCode | None:
             f"{artifact.path}: the code was made for torch {code.torch_version}, this is torch {version}; {way_out}"
         )
     return code
+
+
+def _dtype(artifact: Artifact, name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(
+            f"{artifact.file(MANIFEST)}: a KV cache of the unknown dtype {name!r}; compile the model again"
+        )
+    return found
 
 
 def _device(target: str) -> torch.device:

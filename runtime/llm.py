@@ -13,7 +13,6 @@ from ..errors import RequestError
 from .artifact import open_artifact
 from .engine import Engine, EngineConfig
 from .params import SamplingParams
-from .program import decode_program
 from .request import GenerationResult, Request
 from .tokenizer import Tokenizer
 
@@ -143,9 +142,8 @@ class LLM:
         if not 2 <= len(ids) <= limit:
             raise RequestError(f"{len(ids)} tokens to score: expected 2 to {limit}")
         self.engine.check_token_ids(ids)
-        program, _ = decode_program(
-            self.artifact.program(self.manifest.score.file), self.engine.executor.constants, torch.device("cpu")
-        )
+        constants = self.engine.executor.constants
+        program, _ = self.artifact.load_program(self.manifest.score.file, constants, torch.device("cpu"))
         tokens = torch.tensor(ids)
         logits = program(tokens[None], torch.arange(len(ids))[None])[0][0].float()
         found: list[float] = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
@@ -153,9 +151,10 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            if not isinstance(prompt, Sequence):
+            ids: object = prompt
+            if not isinstance(ids, Sequence):
                 raise RequestError(f"prompt {prompt!r}: expected a text or a list of token ids")
-            return list(prompt)
+            return list(ids)
         if not prompt:
             raise RequestError("empty prompt")
         return self._need_tokenizer("a text prompt").encode(prompt)

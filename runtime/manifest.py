@@ -167,7 +167,7 @@ def identity_of(manifest: Manifest) -> str:
     """sha256 over the parts of `manifest` that decide the tokens: not timings, not its own field, not native code."""
     content = manifest.model_dump(mode="json", exclude={"identity", "native", "files", "stages"})
     for record in content["passes"]:
-        del record["seconds"]
+        del record["seconds"], record["max_error"]  # measurements
     for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
         del content["model"][where]
     content["data"] = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import tokenizers
@@ -77,7 +77,9 @@ class Tokenizer:
         if not right or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
             raise RequestError('messages: expected a list of {"role": ..., "content": ...}, at least one')
         try:
-            plain = json.loads(json.dumps(list(map(dict, messages))))  # a template sees data, never the caller's objects
+            plain = json.loads(
+                json.dumps(list(map(dict, messages)))
+            )  # a template sees data, never the caller's objects
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"messages: expected what JSON can say: {error}") from error
         try:
@@ -98,7 +100,7 @@ class Tokenizer:
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks the assistant's part for training; here it is just its content."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  as the base class declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

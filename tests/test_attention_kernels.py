@@ -163,7 +163,7 @@ def test_attention(case: Case) -> None:
     check_attention(case)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.builds(
         Case,

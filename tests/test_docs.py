@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from optc.cli import _COMMANDS, optc
+from optc.cli import _COMMANDS, main
 from optc.runtime.manifest import schema_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +27,6 @@ def test_write_a_pass_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", _COMMANDS)
 def test_help_has_examples(command: str) -> None:
-    result = CliRunner().invoke(optc, [command, "--help"])
+    result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "Example" in result.output and f"optc {command}" in result.output

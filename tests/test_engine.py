@@ -226,9 +226,7 @@ def test_end_tokens_stop(make: Callable[..., Engine], alone: Callable[..., list[
     expected = alone([9, 8, 7], 20)
     engine._end_ids, before = frozenset({expected[5]}), engine._end_ids
     try:
-        stopped, went_on = run(
-            engine, [([9, 8, 7], SamplingParams(max_tokens=20)), ([9, 8, 7], greedy(20))]
-        )
+        stopped, went_on = run(engine, [([9, 8, 7], SamplingParams(max_tokens=20)), ([9, 8, 7], greedy(20))])
     finally:
         engine._end_ids = before
     at = expected.index(expected[5]) + 1
@@ -259,7 +257,9 @@ def test_abort_frees_the_blocks(after: int, make: Callable[..., Engine], alone: 
 
 def test_seeded_sampling_does_not_depend_on_company(make: Callable[..., Engine]) -> None:
     hot = {"temperature": 1.5, "top_k": 50, "top_p": 0.9}
-    prompts = [([number, 3, 4], SamplingParams(max_tokens=12, seed=number, ignore_eos=True, **hot)) for number in range(6)]  # type: ignore[arg-type]
+    prompts = [
+        ([number, 3, 4], SamplingParams(max_tokens=12, seed=number, ignore_eos=True, **hot)) for number in range(6)
+    ]  # type: ignore[arg-type]
     single = [run(make(), [item])[0].output_token_ids for item in prompts]
     batched = [r.output_token_ids for r in run(make(), prompts)]
     squeezed = [r.output_token_ids for r in run(make(4, 7), prompts)]

@@ -98,7 +98,9 @@ def test_a_token_depends_on_its_own_row_and_request_alone(
 
 def test_seeds_and_positions_give_different_draws() -> None:
     flat = torch.zeros(1, 10**6)
-    drawn = {sample(flat.clone(), [request(seed, length, temperature=1.0)])[0] for seed in range(5) for length in range(1, 6)}
+    drawn = {
+        sample(flat.clone(), [request(seed, length, temperature=1.0)])[0] for seed in range(5) for length in range(1, 6)
+    }
     assert len(drawn) == 25
 
 

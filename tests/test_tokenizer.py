@@ -54,7 +54,7 @@ def word_piece() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="session")
 def make(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
-    """make(kind or chat template): an artifact's tokenizer of that kind; kinds are made once."""
+    """Makes an artifact's tokenizer of a kind, perhaps with a chat template; the kinds are made once."""
     folders: dict[str, Path] = {}
 
     def make(kind: str = "bytes", template: str | None = None) -> Tokenizer:
@@ -119,7 +119,11 @@ def test_any_tokens_at_all(kind: str, seed: int, length: int, prompt: int, make:
 def test_a_character_that_the_prompt_left_unfinished(kind: str, make: Callable[..., Tokenizer]) -> None:
     tokenizer = make(kind)
     ids = tokenizer.encode("a 日日日日日 fox")
-    (end,) = (i for i in range(len(ids)) if tokenizer.decode(ids[:i]).count("日") == 4 and tokenizer.decode(ids[: i + 1])[-1] == "�")
+    (end,) = (
+        i
+        for i in range(len(ids))
+        if tokenizer.decode(ids[:i]).count("日") == 4 and tokenizer.decode(ids[: i + 1])[-1] == "�"
+    )
     assert "".join(stream(tokenizer, ids[: end + 1], ids[end + 1 :])) == "日 fox"
 
 
@@ -151,9 +155,14 @@ def test_special_tokens_are_not_text(make: Callable[..., Tokenizer]) -> None:
     tokenizer = make("bytes")
     hello = tokenizer.encode("hello", add_special_tokens=False)
     assert tokenizer.decode([0, *hello, 1, 2]) == "hello"
-    assert stream(tokenizer, [0], [*hello[:2], 1, *hello[2:], 1, 2]) == [*stream(tokenizer, [0], hello[:2])[:-1], "", *(
-        stream(tokenizer, [0, *hello[:2]], hello[2:])[:-1]
-    ), "", "", ""]
+    assert stream(tokenizer, [0], [*hello[:2], 1, *hello[2:], 1, 2]) == [
+        *stream(tokenizer, [0], hello[:2])[:-1],
+        "",
+        *(stream(tokenizer, [0, *hello[:2]], hello[2:])[:-1]),
+        "",
+        "",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "metaspace"])
@@ -205,7 +214,12 @@ def test_unreadable_tokenizer_file(tmp_path: Path) -> None:
 HELLO = [{"role": "user", "content": "Hello"}]
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     HELLO,
-    [{"role": "system", "content": "Be <brief> & 'kind'."}, *HELLO, {"role": "assistant", "content": "  Hi! 🎉 \n"}, *HELLO],
+    [
+        {"role": "system", "content": "Be <brief> & 'kind'."},
+        *HELLO,
+        {"role": "assistant", "content": "  Hi! 🎉 \n"},
+        *HELLO,
+    ],
     [{"role": "user", "content": [{"type": "text", "text": "in parts"}]}],
 ]
 TEMPLATES = {
@@ -280,7 +294,7 @@ REFUSING = {
 def test_templates_that_fail_or_misbehave(case: str, make: Callable[..., Tokenizer]) -> None:
     template, said = REFUSING[case]
     messages = [{"role": "user", "content": "Hello"}]
-    with pytest.raises(RequestError, match=f"(?i){said}"):
+    with pytest.raises(RequestError, match=rf"(?i){said}"):
         make("bytes", template).render_chat(messages)
     assert messages == HELLO
 

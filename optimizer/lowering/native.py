@@ -18,9 +18,8 @@ import torch
 
 from ...errors import LoweringError
 from ...runtime import ops
-from ...runtime.ops.kernels import REQUIRED_FLAGS, host_isa
-
-__all__ = ["build_kernels", "host_isa"]
+from ...runtime.cache import cache_folder
+from ...runtime.ops.kernels import REQUIRED_FLAGS
 
 SOURCES = Path(ops.__file__).parent / "cpu"
 
@@ -43,7 +42,7 @@ def build_kernels(isa: str) -> Path:
     """
     command = _command(isa)
     digest = _digest(command)
-    target = _cache_folder() / "kernels" / digest[:16] / f"kernels-{isa}.so"
+    target = cache_folder() / "kernels" / digest[:16] / f"kernels-{isa}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,14 +88,6 @@ def _digest(command: list[str]) -> str:
             content = path.read_bytes()
             digest.update(f"{path.name} {len(content)}\0".encode() + content)
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("OPTC_CACHE"):
-        return Path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "optc"
-    return Path.home() / ".cache" / "optc"
 
 
 def _run(command: list[str], cwd: Path | None = None) -> str:
