@@ -168,6 +168,7 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
     saved_mask, saved_packed = masks.get(implementation), masking_utils.find_packed_sequence_indices
     saved_sdpa, saved_grouped = nn.functional.scaled_dot_product_attention, moe._grouped_mm
     saved_chunked, saved_max = masking_utils.chunked_causal_mask_function, torch.max
+    no_padding = torch.zeros(1, dtype=torch.long)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, dropout_p: float = 0.0, is_causal: bool = False,
              scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
@@ -185,9 +186,7 @@ def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
     masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
     masking_utils.find_packed_sequence_indices = lambda position_ids: None  # the step program does its own packing
     # Chunks start after the padding of a batch, which optc never has; the traced count of it cannot be looked at.
-    masking_utils.chunked_causal_mask_function = lambda size, left_padding: saved_chunked(
-        size, torch.zeros(1, dtype=torch.long)
-    )
+    masking_utils.chunked_causal_mask_function = lambda size, left_padding: saved_chunked(size, no_padding)
     nn.functional.scaled_dot_product_attention = sdpa  # type: ignore[assignment]
     torch.max = longest  # type: ignore[assignment]
     moe._grouped_mm = lambda x, weight, offs: torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)

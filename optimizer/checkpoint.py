@@ -324,8 +324,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
         raise CheckpointError(
             f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)"
         )
-    pairs = _adapter_pairs(adapter, tensors)
     modules = dict(model.named_modules())
+    tensors = {name: value for name, value in tensors.items() if not _is_base_weight(name, value, modules)}
+    pairs = _adapter_pairs(adapter, tensors)
     for name, (a, b) in pairs.items():
         weight = getattr(modules.get(name), "weight", None)
         delta = _lora_scaling(config, name, rank=a.shape[0]) * (b.float() @ a.float())
@@ -340,6 +341,13 @@ def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
             raise CheckpointError(f"{adapter}: adapter for another model: {name}: {found} in {type(model).__name__}")
         # A new tensor, so that an adapted output layer leaves the input embedding alone that it was tied to.
         modules[name].weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+
+
+def _is_base_weight(name: str, value: Tensor, modules: dict[str, nn.Module]) -> bool:
+    """Whether this is the model's own weight: PEFT puts copies of adapted embeddings and output layers into adapters."""
+    match = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", name)
+    weight = getattr(modules.get(match[1]), "weight", None) if match else None
+    return isinstance(weight, Tensor) and torch.equal(weight, value.to(weight.dtype))
 
 
 def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

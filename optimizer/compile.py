@@ -111,7 +111,9 @@ def compile(
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
-    if not 1 <= block_size <= 1024:
+    if backend not in ("inductor", "eager"):
+        raise UsageError(f"backend {backend!r}: expected inductor or eager")
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or not 1 <= block_size <= 1024:
         raise UsageError(f"block size {block_size}: expected 1 to 1024 tokens")
     config = CompileConfig(
         source=str(model) if isinstance(model, str | Path) else type(model).__name__,

@@ -122,7 +122,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, s
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append({})
             filled = 0
-        shards[-1][name] = weight.detach().contiguous()
+        shards[-1][name] = _apart(weight.detach().contiguous(), shards[-1])
         filled += size
     records: dict[str, ConstantRecord] = {}
     for i, shard in enumerate(shards, 1):
@@ -134,6 +134,17 @@ def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, s
                 file=file, dtype=dtype, shape=tuple(weight.shape), source=sources.get(name, name)
             )
     return records
+
+
+def _apart(weight: Tensor, others: dict[str, Tensor]) -> Tensor:
+    """`weight`, or a copy if it shares memory with one of `others`, which safetensors refuses to write."""
+
+    def ends(tensor: Tensor) -> tuple[int, int]:
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+    start, end = ends(weight)
+    shared = any(begin < end and start < stop for begin, stop in map(ends, others.values()))
+    return weight.clone() if shared else weight
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

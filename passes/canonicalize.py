@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .base import Pass, Result
-from .graph import Program, add_weight, call, get_weight, replacing, value_of
+from .graph import Program, add_weight, arguments, call, get_weight, replacing, value_of
 
 aten = torch.ops.aten
 _LAST = 2**63 - 1
@@ -55,7 +55,7 @@ def _forward_input(program: Program, node: fx.Node, result: Result) -> int:
 
 
 def _dropout(program: Program, node: fx.Node, result: Result) -> int:
-    if node.args[2]:
+    if arguments(node)["train"]:
         result.decline(node, "dropout in training mode")
         return 0
     return _forward_input(program, node, result)
@@ -69,28 +69,32 @@ def _same_dtype_copy(program: Program, node: fx.Node, result: Result) -> int:
 
 
 def _times_one(program: Program, node: fx.Node, result: Result) -> int:
-    if node.args[1] == 1.0 and not isinstance(node.args[1], fx.Node) and value_of(node).dtype.is_floating_point:
-        same = value_of(node).dtype == value_of(node.args[0]).dtype
-        return _forward_input(program, node, result) if same else 0
+    factor, dtype = arguments(node)["other"], value_of(node).dtype
+    if isinstance(factor, int | float) and factor == 1 and dtype.is_floating_point and dtype == value_of(node.args[0]).dtype:
+        return _forward_input(program, node, result)
     return 0
 
 
 def _whole_slice(program: Program, node: fx.Node, result: Result) -> int:
-    start, end, step = (dict(enumerate(node.args)).get(i, default) for i, default in ((2, 0), (3, _LAST), (4, 1)))
-    return _forward_input(program, node, result) if (start in (0, None) and end == _LAST and step == 1) else 0
+    given = arguments(node)
+    whole = given["start"] in (0, None) and given["end"] in (_LAST, None) and given["step"] == 1
+    return _forward_input(program, node, result) if whole else 0
 
 
 def _causal_sdpa(program: Program, node: fx.Node, result: Result) -> int:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = arguments(node)
     q, k, v = given["query"], given["key"], given["value"]
-    if given.get("attn_mask") is not None or not given.get("is_causal", False):
-        result.decline(node, "attention with an explicit mask, or not causal")
+    reason = None
+    if given["attn_mask"] is not None or not given["is_causal"]:
+        reason = "attention with an explicit mask, or not causal"
+    elif given["dropout_p"] != 0.0:
+        reason = "attention with dropout"
+    elif value_of(q).dim() != 4 or value_of(q).shape[2] != value_of(k).shape[2]:
+        reason = f"attention over {tuple(value_of(q).shape)} and {tuple(value_of(k).shape)}"
+    if reason:
+        result.decline(node, reason)
         return 0
-    if value_of(q).dim() != 4 or value_of(q).shape[2] != value_of(k).shape[2]:
-        result.decline(node, f"attention over {tuple(value_of(q).shape)} and {tuple(value_of(k).shape)}")
-        return 0
-    scale = given.get("scale") or float(value_of(q).shape[-1]) ** -0.5
+    scale = float(value_of(q).shape[-1]) ** -0.5 if given["scale"] is None else given["scale"]
     layer = len(program.graph.find_nodes(op="call_function", target=torch.ops.optc.attention.default))
     with replacing(program.graph, node) as new:
         out = call(program.graph, torch.ops.optc.attention.default, q, k, v, scale, 0, 0.0, None, layer)

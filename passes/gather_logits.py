@@ -68,7 +68,9 @@ def _find_head(logits: fx.Node) -> fx.Node | None:
     """The linear layer that `logits` [1, T, V] come from through row-wise operations alone."""
     node = logits
     while node.target in _ROW_WISE and isinstance(node.args[0], fx.Node):
-        if any(isinstance(argument, fx.Node) and value_of(argument).dim() > 1 for argument in node.args[1:]):
+        others = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
+        # Only a weight is surely the same for every row; a computed operand may be made of all of them.
+        if any(other.op != "get_attr" or value_of(other).dim() > 1 for other in others):
             return None
         node = node.args[0]
     return node if node.target is aten.linear.default and value_of(node).dim() == 3 else None

@@ -117,11 +117,20 @@ def replacing(graph: fx.Graph, node: fx.Node) -> Iterator[list[fx.Node]]:
     with graph.inserting_before(node):
         yield result
     (new,) = result
-    for key in ("nn_module_stack", "stack_trace"):
+    for key in ("nn_module_stack", "stack_trace", "val"):
         if key in node.meta:
             new.meta.setdefault(key, node.meta[key])
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op call by name, however they were spelled, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    formal = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in formal if argument.has_default_value()}
+    positional = dict(zip((argument.name for argument in formal), node.args, strict=False))
+    return {**defaults, **positional, **node.kwargs}
 
 
 def call(graph: fx.Graph, op: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -135,7 +135,7 @@ def editable_native(native_artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def edit_manifest() -> Callable[..., None]:
-    """edit_manifest(artifact, change): rewrites the manifest and makes sizes, digests and identity right again."""
+    """Rewrites the manifest and makes sizes, digests and identity right again."""
 
     def edit(folder: Path, change: Callable[[dict[str, Any]], None] = lambda content: None) -> None:
         path = folder / "manifest.json"

@@ -557,6 +557,14 @@ def test_several_shards(checkpoint: Path, artifact: Path, tmp_path: Path, monkey
         LLM(output)
 
 
+def test_weights_that_share_memory(tmp_path: Path) -> None:
+    whole = torch.randn(8, 4)
+    weights = {"whole": whole, "top": whole[:4], "flat": whole.view(-1), "turned": whole.t(), "none": whole[:0]}
+    package.write_weights(tmp_path, weights, {})
+    found = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
 def test_a_shard_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "SHARD_BYTES", 10)
     weights = {name: torch.ones(size) for name, size in (("a", 5), ("b", 1), ("c", 1), ("d", 9))}

@@ -22,7 +22,7 @@ BLOCK_BYTES = 8192  # 2 layers of 2 heads, keys and values of 16 floats, 16 toke
 
 @pytest.fixture(scope="session")
 def make(artifact: Path) -> Callable[..., Engine]:
-    """make(blocks, budget, seqs): an engine with that many blocks; one is made for each combination and used again."""
+    """Makes an engine with that many blocks; one is made for each combination and used again."""
     opened = open_artifact(artifact)
     assert opened.manifest.memory.kv_bytes_per_token * BLOCK == BLOCK_BYTES
     made: dict[tuple[int, int, int], Engine] = {}

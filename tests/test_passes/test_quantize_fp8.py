@@ -73,4 +73,5 @@ def test_the_op_is_the_linear_of_the_stored_weight(dtype: torch.dtype, leading: 
     x, bias = torch.randn(*leading, 40, dtype=dtype), torch.randn(24, dtype=dtype) if with_bias else None
     expected = F.linear(x, dequantize_fp8(codes, scale).to(dtype), bias)
     assert torch.equal(linear_fp8_reference(x, codes, scale, bias), expected)
-    torch.library.opcheck(torch.ops.optc.linear_fp8.default, (x, codes, scale, bias), test_utils=("test_schema", "test_faketensor"))
+    # torch's own schema test multiplies its inputs, which FP8 tensors cannot; the fake implementation is tested.
+    torch.library.opcheck(torch.ops.optc.linear_fp8.default, (x, codes, scale, bias), test_utils="test_faketensor")
