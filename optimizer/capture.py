@@ -27,7 +27,7 @@ from transformers.integrations import moe
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UnsupportedModelError
-from ..passes.graph import Program, get_weight, propagate
+from ..passes.graph import Program, get_weight, input_node, propagate
 from ..runtime import ops as _ops
 from ..runtime.manifest import TensorSpec
 from ..runtime.program import is_known_op
@@ -165,45 +165,57 @@ def _visible(row: int, keys: Tensor, window: int) -> Tensor:
 def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
     """Transformers and torch with optc's attention, masks and grouped matrix products in place."""
     masks = masking_utils.AttentionMaskInterface._global_mapping
-    saved_mask, saved_packed = masks.get(implementation), masking_utils.find_packed_sequence_indices
-    saved_sdpa, saved_grouped = nn.functional.scaled_dot_product_attention, moe._grouped_mm
-    saved_chunked, saved_max = masking_utils.chunked_causal_mask_function, torch.max
-    no_padding = torch.zeros(1, dtype=torch.long)
+    saved_mask, no_padding = masks.get(implementation), torch.zeros(1, dtype=torch.long)
+    torch_sdpa, torch_max = nn.functional.scaled_dot_product_attention, torch.max
+    chunked = masking_utils.chunked_causal_mask_function
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, dropout_p: float = 0.0, is_causal: bool = False,
              scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
         if isinstance(attn_mask, MaskSpec) or (attn_mask is None and is_causal is True and query.dim() == 4):
             module = recorder.running[-1] if recorder.running else nn.Identity()
             return recorder.attention(module, query, key, value, attn_mask, scale, 0.0, None).transpose(1, 2)
-        return saved_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)  # type: ignore[arg-type]
+        mask: Any = attn_mask
+        return torch_sdpa(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def longest(*args: Any, **kwargs: Any) -> Any:
         """A RoPE module that asks how long the data is hears the largest length: see `decide_rope`."""
         asks = len(args) == 1 and not kwargs and recorder.running and hasattr(recorder.running[-1], "rope_type")
-        return recorder.max_model_len - 1 if asks else saved_max(*args, **kwargs)
+        return recorder.max_model_len - 1 if asks else torch_max(*args, **kwargs)
 
-    AttentionInterface.register(IMPLEMENTATION, _interface_function(recorder))
-    masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # the step program does its own packing
-    # Chunks start after the padding of a batch, which optc never has; the traced count of it cannot be looked at.
-    masking_utils.chunked_causal_mask_function = lambda size, left_padding: saved_chunked(size, no_padding)
-    nn.functional.scaled_dot_product_attention = sdpa  # type: ignore[assignment]
-    torch.max = longest  # type: ignore[assignment]
-    moe._grouped_mm = lambda x, weight, offs: torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)
+    def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Any:
+        return torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (nn.functional, "scaled_dot_product_attention", sdpa),
+        (torch, "max", longest),
+        (moe, "_grouped_mm", grouped_mm),
+        # The step program does its own packing.
+        (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        # Chunks start after the padding of a batch, which optc never has; the traced count of it cannot be looked at.
+        (
+            masking_utils,
+            "chunked_causal_mask_function",
+            lambda chunk_size, left_padding: chunked(chunk_size, no_padding),
+        ),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     hooks = (
         nn.modules.module.register_module_forward_pre_hook(recorder.enter),
         nn.modules.module.register_module_forward_hook(recorder.leave),
     )
+    AttentionInterface.register(IMPLEMENTATION, _interface_function(recorder))
+    masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
     try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
         yield
     finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
         for hook in hooks:
             hook.remove()
-        moe._grouped_mm, nn.functional.scaled_dot_product_attention = saved_grouped, saved_sdpa
-        masking_utils.find_packed_sequence_indices = saved_packed
-        masking_utils.chunked_causal_mask_function, torch.max = saved_chunked, saved_max
         if saved_mask is not None:
-            masking_utils.AttentionMaskInterface.register(implementation, saved_mask)
+            masks[implementation] = saved_mask
 
 
 class _Forward(nn.Module):
@@ -239,7 +251,7 @@ def capture(model: PreTrainedModel, max_model_len: int) -> tuple[Program, list[s
         exported = _export(model, recorder)
     _check_layers(model, recorder, _attention_nodes(exported))
     program = _to_program(exported, max_model_len)
-    if not _positions(program).users:
+    if not input_node(program, "positions").users:
         raise UnsupportedModelError(_no_positions(model))
     _check_tokens_meet_only_in_attention(program, _who(model))
     if not model._can_set_attn_implementation():
@@ -282,11 +294,13 @@ def _check_positions(model: PreTrainedModel, max_model_len: int) -> None:
     try:
         with torch.no_grad(), _quiet(), _interceptable(model, recorder):
             counted = model(input_ids=ids, use_cache=False, return_dict=True).logits
+            recorder.called.clear()
             given = _Forward(model)(ids, torch.arange(length)[None])
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise _cannot_capture(model, recorder, error) from error
+    _check_layers(model, recorder, len(recorder.called))
     if not torch.allclose(counted, given, rtol=0, atol=0, equal_nan=True):
         raise UnsupportedModelError(
             f"{_who(model)} does not number its tokens 0, 1, 2, ... as optc does, so that {attention_names(model)} would "
@@ -306,9 +320,8 @@ def _interceptable(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]
 
 @contextlib.contextmanager
 def _attention_implementation(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    configs = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     saved = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = implementation
@@ -328,7 +341,8 @@ def _export(model: PreTrainedModel, recorder: Recorder) -> torch.export.Exported
             exported = torch.export.export(
                 _Forward(model), (ids, positions), dynamic_shapes=({1: tokens}, {1: tokens}), strict=False
             )
-            return exported.run_decompositions({})
+            decomposed: torch.export.ExportedProgram = exported.run_decompositions({})
+            return decomposed
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -344,7 +358,8 @@ def _cannot_capture(model: PreTrainedModel, recorder: Recorder, error: Exception
     names = {id(module): name for name, module in model.named_modules() if name}
     inner = next((module for module in reversed(recorder.running) if id(module) in names), model)
     where = f"{names.get(id(inner), 'the model')} ({type(inner).__name__})"
-    reason = f"failed under torch.export: {first_line(error)}"
+    violated = (line.strip(" -") for line in str(error).splitlines() if "Not all values" in line)
+    reason = f"failed under torch.export: {next(violated, first_line(error))}"
     if _computes_with_mask(error):
         reason = "computes with the attention mask itself"
     return UnsupportedModelError(f"{_who(model)} cannot be captured: {where} {reason}. {_way_out(model)}")
@@ -480,10 +495,6 @@ _MIXING = {
 _ROW_MOVES = {"index", "index_put", "gather", "scatter", "index_add", "index_select", "scatter_add", "index_copy"}
 
 
-def _positions(program: Program) -> fx.Node:
-    return program.graph.find_nodes(op="placeholder")[1]
-
-
 def _check_tokens_meet_only_in_attention(program: Program, who: str) -> None:
     """Refuse graphs in which tokens influence each other outside attention, or that count positions themselves."""
     if (node := _reduces_positions(program)) is not None:
@@ -515,7 +526,8 @@ def _check_tokens_meet_only_in_attention(program: Program, who: str) -> None:
 
 def _reduces_positions(program: Program) -> fx.Node | None:
     """The first node that makes one value of all positions, such as the length of the data."""
-    made_of_positions = {_positions(program)}
+    made_of_positions = {input_node(program, "positions")}
+    node: fx.Node
     for node in program.graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
@@ -539,7 +551,7 @@ def _has_tokens(node: fx.Node) -> bool:
 
 def _runs_along_tokens(node: fx.Node) -> bool:
     if _packet(node) in ("cumsum", "cumprod") and _has_tokens(node):
-        return isinstance(node.meta["val"].shape[node.args[1]], torch.SymInt)  # type: ignore[index]
+        return isinstance(node.meta["val"].shape[node.args[1]], torch.SymInt)
     return _has_tokens(node)
 
 

@@ -137,13 +137,14 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: names no model_type; expected a transformers config")
     if "auto_map" in raw and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
-            f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that transformers implements"
+            f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that "
+            "transformers implements"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        reason = first_line(error)
-        raise UnsupportedModelError(f"{source}: unknown architecture {model_type!r}: {reason}") from error
+        raise UnsupportedModelError(f"{source}: unknown architecture {model_type!r}: {first_line(error)}") from error
+    return config
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
@@ -154,7 +155,9 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; optc compiles decoder-only language models, choose one")
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder; optc compiles decoder-only language models, choose one"
+        )
     encoders = sorted(name.removesuffix("_config") for name in vars(config) if name in _ENCODERS)
     text = config.get_text_config()
     if encoders or text is not config:
@@ -245,7 +248,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
     transformers.logging.disable_progress_bar()  # the command line shows the stage; a second bar would tear it
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=DTYPES.get(dtype, "auto"),
@@ -255,6 +258,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: {first_line(error)}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -279,9 +283,7 @@ def load_tokenizer(folder: Path) -> TokenizerData | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = tokenizer.backend_tokenizer
     except Exception as error:
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
     backend.no_truncation()
     backend.no_padding()
     template = tokenizer.chat_template

