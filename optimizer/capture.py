@@ -12,6 +12,7 @@ The only place, with `checkpoint.py`, that knows transformers. While a model is 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from ..runtime.program import is_known_op
 
 IMPLEMENTATION = "optc"
 _EXAMPLE_TOKENS = 7
+_private_export: Any = importlib.import_module("torch.export._trace")
 
 
 @dataclass(frozen=True)
@@ -376,13 +378,16 @@ def _who(model: PreTrainedModel) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """No warnings of transformers and torch, and no dump of the graph so far when an export fails."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    _private_export.print = lambda *args, **kwargs: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        del _private_export.print
         transformers.logging.set_verbosity(verbosity)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
+from .adapter import merge_adapter
 from .capture import attention_names, first_line, rehearse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,6 +93,8 @@ def load_checkpoint(
     limit = _length_limit(config, max_model_len)
     refuse_by_skeleton(config, limit)
     _check_weight_files(folder)
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
     model = _load_model(folder, config, dtype)
     if adapter is not None:
         merge_adapter(model, adapter)
@@ -103,7 +106,7 @@ def load_checkpoint(
         source=source,
         sha256=_hash_files(hashed),
         tokenizer=load_tokenizer(folder),
-        generation=_generation_config(folder),
+        generation=generation,
         max_model_len=limit,
         adapter=str(adapter) if adapter else None,
     )
@@ -115,7 +118,7 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         reason = first_line(error)
@@ -128,10 +131,7 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{source}: the folder has no config.json; expected a model in Hugging Face format")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
+    raw = read_json(path)
     model_type = raw.get("model_type")
     if not model_type:
         raise CheckpointError(f"{path}: names no model_type; expected a transformers config")
@@ -218,8 +218,8 @@ def _check_weight_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (CheckpointError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise CheckpointError(
@@ -254,6 +254,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
             dtype=DTYPES.get(dtype, "auto"),
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             local_files_only=True,
         )
     except Exception as error:
@@ -265,8 +266,8 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
             f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}"
         )
     if info["mismatched_keys"]:
-        name = sorted(info["mismatched_keys"])[0]
-        raise CheckpointError(f"{folder}: the shape of {name} does not fit the config")
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(f"{folder}: {name} is {list(found)}, the config makes it {list(expected)}")
     assert isinstance(model, PreTrainedModel)
     return model.requires_grad_(False)
 
@@ -292,89 +293,19 @@ def load_tokenizer(folder: Path) -> TokenizerData | None:
     return TokenizerData(backend.to_str(), tokenizer.bos_token, tokenizer.eos_token, template)
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
-    return content
-
-
-def merge_adapter(model: PreTrainedModel, adapter: Path) -> None:
-    """Add a PEFT LoRA adapter to the weights: W += scaling * B @ A, computed in float32.
-
-    `scaling` is lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023); rank and alpha
-    patterns are honoured. Layers that store W transposed (GPT-2's Conv1D) are handled.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises:
-        CheckpointError: not a LoRA adapter, one of another model, or one that needs more than merging.
+        CheckpointError: not readable, not JSON, or not an object.
     """
-    config_path, weights_path = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(f"{adapter}: no {path.name}; expected a PEFT LoRA adapter")
     try:
-        config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
-        with safetensors.safe_open(weights_path, "pt") as opened:
-            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{adapter}: unreadable adapter: {error}") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)"
-        )
-    modules = dict(model.named_modules())
-    tensors = {name: value for name, value in tensors.items() if not _is_base_weight(name, value, modules)}
-    pairs = _adapter_pairs(adapter, tensors)
-    for name, (a, b) in pairs.items():
-        weight = getattr(modules.get(name), "weight", None)
-        delta = _lora_scaling(config, name, rank=a.shape[0]) * (b.float() @ a.float())
-        transposed = config.get("fan_in_fan_out") or type(modules.get(name)).__name__ == "Conv1D"
-        delta = delta.t() if transposed else delta
-        if not isinstance(weight, Tensor) or weight.shape != delta.shape:
-            found = (
-                "no such layer"
-                if weight is None
-                else f"that layer is {tuple(weight.shape)}, the adapter's is {tuple(delta.shape)}"
-            )
-            raise CheckpointError(f"{adapter}: adapter for another model: {name}: {found} in {type(model).__name__}")
-        # A new tensor, so that an adapted output layer leaves the input embedding alone that it was tied to.
-        modules[name].weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
-
-
-def _is_base_weight(name: str, value: Tensor, modules: dict[str, nn.Module]) -> bool:
-    """Whether this is the model's own weight: PEFT puts copies of adapted embeddings and output layers into adapters."""
-    match = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", name)
-    weight = getattr(modules.get(match[1]), "weight", None) if match else None
-    return isinstance(weight, Tensor) and torch.equal(weight, value.to(weight.dtype))
-
-
-def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
-        if match is None:
-            raise CheckpointError(
-                f"{adapter}: the adapter holds {name}, which is not a LoRA matrix; optc merges plain LoRA on linear layers"
-            )
-        found.setdefault(match[1], {})[match[2]] = value
-    if not found:
-        raise CheckpointError(f"{adapter}: the adapter holds no LoRA matrices")
-    if odd := [name for name, pair in found.items() if len(pair) != 2]:
-        raise CheckpointError(f"{adapter}: {odd[0]} has only one of lora_A and lora_B")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def _lora_scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    alpha = float(config.get("lora_alpha", rank))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = float(value)
-            break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def _hash_files(paths: list[Path]) -> str:

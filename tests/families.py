@@ -89,7 +89,22 @@ FAMILIES: dict[str, Config] = {
         "attention_multiplier": 0.1,
         "logits_scaling": 0.5,
     },
-    "gpt_oss": {**_GQA, **_HEAD, **_LOCAL_GLOBAL, "num_local_experts": 4, "num_experts_per_tok": 2},  # sinks, yarn
+    "gpt_oss": {  # sinks, biases on the experts, interleaved gate and up, yarn
+        **_GQA,
+        **_HEAD,
+        **_LOCAL_GLOBAL,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "starcoder2": {**_GQA, "sliding_window": WINDOW, "use_bias": True},
     "stablelm": {**_GQA, **_PARTIAL, "use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
     "cohere": {**_GQA, "logit_scale": 1.5, "use_qk_norm": True},  # parallel residual, interleaved RoPE, tied

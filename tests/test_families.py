@@ -171,7 +171,9 @@ def test_native_code(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
             llm = LLM(family.artifact, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=2**22)
             assert llm.engine.executor.is_native
             _assert_equal(_run(llm, family.prompts[:count]), family, count)
-    assert not caplog.records
+    assert not [
+        record for record in caplog.records if record.name == "optc"
+    ]  # it would say that it runs the portable program
 
 
 def test_the_reference_sees_windows() -> None:
