@@ -152,9 +152,7 @@ def main(only: str | None, skip_speed: bool) -> None:
     console = Console(width=120)
     import torch
 
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    console.print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = {"tiny": TINY, "367m": None}

@@ -134,12 +134,15 @@ language: code
 A {parameters:,}-parameter Llama (RoPE, GQA 4/2, SwiGLU, tied embeddings) that writes recognisable Python. It exists so
 that optc's demo, tests and benchmarks run on a real, trained model with no network. It is not useful for anything else.
 
-- **Data**: the source text of the Python standard library ({python}), {files} files, {train_tokens:,} tokens, without tests, encodings and
-  generated tables. {held_files} files, chosen by the hash of their names, are held out; the first {held_bytes:,} bytes of their text are `heldout.txt`.
+- **Data**: the source text of the Python standard library ({python}), {files} files, {train_tokens:,} tokens, without
+  tests, encodings and generated tables. {held_files} files, chosen by the hash of their names, are held out; the first
+  {held_bytes:,} bytes of their text are `heldout.txt`.
 - **Licence**: the data is under the Python Software Foundation License 2.0; so are the weights and `heldout.txt`.
 - **Tokenizer**: byte-level BPE of {vocab}, trained on the training split.
-- **Training**: `python examples/train_tiny.py --steps {steps} --batch {batch} --seed {seed}`; {seen:,} tokens seen, bf16 autocast, Muon + AdamW.
-- **Held-out perplexity** (the bf16 weights here, all of `heldout.txt`, non-overlapping windows of {context} with BOS): **{ppl:.3f}**
+- **Training**: `python examples/train_tiny.py --steps {steps} --batch {batch} --seed {seed}`; {seen:,} tokens seen, bf16
+  autocast, Muon + AdamW.
+- **Held-out perplexity** (the bf16 weights here, all of `heldout.txt`, non-overlapping windows of {context} with BOS):
+  **{ppl:.3f}**
 """
 
 

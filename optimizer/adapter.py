@@ -103,4 +103,4 @@ def _lora_scaling(config: dict[str, Any], name: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = value
             break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

@@ -1,6 +1,6 @@
 """Capture: a Hugging Face model (or a plain module) becomes a graph with one attention node for each layer.
 
-The only place, with `checkpoint.py`, that knows transformers. While a model is captured,
+The only place, with `checkpoint.py` and `intercept.py`, that knows transformers. While a model is captured,
 
 - the attention implementation `optc` turns every attention layer that goes through transformers' interface into one
   `optc::attention` node, and modelling files that call `scaled_dot_product_attention` themselves are intercepted there;
@@ -15,209 +15,23 @@ import contextlib
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.integrations import moe
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UnsupportedModelError
 from ..passes.graph import Program, get_weight, input_node, propagate
-from ..runtime import ops as _ops
 from ..runtime.manifest import TensorSpec
-from ..runtime.program import is_known_op
+from .intercept import IMPLEMENTATION, MaskSpec, Recorder, intercepted
+from .token_flow import check_token_flow
 
-IMPLEMENTATION = "optc"
 _EXAMPLE_TOKENS = 7
 _private_export: Any = importlib.import_module("torch.export._trace")
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """A mask, described: what a model passes around in place of a mask tensor while it is captured.
-
-    Attributes:
-        window: how many last tokens a query sees, itself included; 0 is all.
-        problem: why optc cannot attend with it. Models build masks that no layer uses, so only using it is refused.
-    """
-
-    window: int = 0
-    problem: str = ""
-
-    def __getitem__(self, item: object) -> MaskSpec:
-        return self  # modelling files slice their mask to the key length
-
-    def to(self, *args: object, **kwargs: object) -> MaskSpec:
-        return self
-
-
-@dataclass
-class Recorder:
-    """What happens while a model is captured.
-
-    Attributes:
-        max_model_len: largest number of tokens a sequence may have; masks are compared up to there.
-        called: the modules that went through optc's attention, in order.
-        running: the modules whose forward runs now, innermost last; after an error, those it came from.
-    """
-
-    max_model_len: int
-    called: list[nn.Module] = field(default_factory=list)
-    running: list[nn.Module] = field(default_factory=list)
-
-    def enter(self, module: nn.Module, inputs: object) -> None:
-        self.running.append(module)
-
-    def leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.running.pop()
-
-    def attention(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: object,
-        scale: float | None,
-        softcap: float,
-        sinks: Any,
-    ) -> Tensor:
-        """One attention node. q [1, H, T, Dk], k [1, KV, T, Dk], v [1, KV, T, Dv] -> [1, T, H, Dv]."""
-        if mask is not None and not isinstance(mask, MaskSpec):
-            raise UnsupportedModelError(
-                f"{_describe(module)} attends with a mask tensor of its own; optc knows causal and sliding-window masks"
-            )
-        spec = mask if mask is not None else MaskSpec()
-        if spec.problem:
-            raise UnsupportedModelError(
-                f"the attention mask of {_describe(module)} {spec.problem}, which optc does not support"
-            )
-        layer = len(self.called)
-        self.called.append(module)
-        scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-        out: Tensor = torch.ops.optc.attention(q, k, v, scale, spec.window, softcap, sinks, layer)
-        return out
-
-
-# Attention functions get all of a model's keyword arguments. Flags and counts are for others; a tensor or a factor that
-# optc does not know would change the result.
-_HARMLESS = {"cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "position_ids"}
-
-
-def _interface_function(recorder: Recorder) -> Callable[..., tuple[Tensor, None]]:
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float | None = None,
-        softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None, **options: object,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        unknown = sorted(
-            name for name, value in options.items() if isinstance(value, Tensor | float) and name not in _HARMLESS
-        )
-        if unknown:
-            raise UnsupportedModelError(
-                f"{_describe(module)} passes {', '.join(unknown)} to its attention, which optc does not know"
-            )
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if not causal and not isinstance(attention_mask, MaskSpec):
-            raise UnsupportedModelError(f"{_describe(module)} is not causal; optc compiles causal language models")
-        out = recorder.attention(module, query, key, value, attention_mask, scaling, softcap or 0.0, s_aux)
-        return out, None
-
-    return attention
-
-
-def _mask_function(recorder: Recorder) -> Callable[..., MaskSpec]:
-    """Stands in for transformers' mask builders; the arguments are theirs."""
-
-    def describe(**given: Any) -> MaskSpec:
-        padding = given.get("attention_mask")
-        if type(padding) is Tensor and not padding.is_meta and not padding.all():
-            return MaskSpec(problem="hides tokens by their values")
-        size, limit = int(given.get("local_size") or 0), recorder.max_model_len
-        rows = {0, 1, 5, size // 2, size, size + 1, 2 * size + 1, 3 * size + 2, limit - 1}
-        possible = {size, 0}
-        with torch.utils._python_dispatch._disable_current_modes():
-            for row in sorted(row for row in rows if row < limit):
-                keys = torch.arange(row + 3)
-                try:
-                    found = given["mask_function"](torch.tensor(0), torch.tensor(0), torch.tensor(row), keys).expand(
-                        row + 3
-                    )
-                except Exception:
-                    return MaskSpec(problem="is built from data")
-                possible -= {window for window in possible if not torch.equal(found, _visible(row, keys, window))}
-        if possible:
-            return MaskSpec(max(possible))
-        way_out = f" (it is causal up to --max-model-len {size})" if size else ""
-        return MaskSpec(problem=f"is neither causal nor a causal sliding window{way_out}")
-
-    return describe
-
-
-def _visible(row: int, keys: Tensor, window: int) -> Tensor:
-    return (keys <= row) & (keys > row - window) if window else keys <= row
-
-
-@contextlib.contextmanager
-def _intercepted(recorder: Recorder, implementation: str) -> Iterator[None]:
-    """Transformers and torch with optc's attention, masks and grouped matrix products in place."""
-    masks = masking_utils.AttentionMaskInterface._global_mapping
-    saved_mask, no_padding = masks.get(implementation), torch.zeros(1, dtype=torch.long)
-    torch_sdpa, torch_max = nn.functional.scaled_dot_product_attention, torch.max
-    chunked = masking_utils.chunked_causal_mask_function
-
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, dropout_p: float = 0.0, is_causal: bool = False,
-             scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
-        if isinstance(attn_mask, MaskSpec) or (attn_mask is None and is_causal is True and query.dim() == 4):
-            module = recorder.running[-1] if recorder.running else nn.Identity()
-            return recorder.attention(module, query, key, value, attn_mask, scale, 0.0, None).transpose(1, 2)
-        mask: Any = attn_mask
-        return torch_sdpa(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    def longest(*args: Any, **kwargs: Any) -> Any:
-        """A RoPE module that asks how long the data is hears the largest length: see `decide_rope`."""
-        asks = len(args) == 1 and not kwargs and recorder.running and hasattr(recorder.running[-1], "rope_type")
-        return recorder.max_model_len - 1 if asks else torch_max(*args, **kwargs)
-
-    def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Any:
-        return torch.ops.optc.grouped_mm(x.to(weight.dtype), weight, offs)
-
-    replaced: list[tuple[Any, str, Any]] = [
-        (nn.functional, "scaled_dot_product_attention", sdpa),
-        (torch, "max", longest),
-        (moe, "_grouped_mm", grouped_mm),
-        # The step program does its own packing.
-        (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
-        # Chunks start after the padding of a batch, which optc never has; the traced count of it cannot be looked at.
-        (
-            masking_utils,
-            "chunked_causal_mask_function",
-            lambda chunk_size, left_padding: chunked(chunk_size, no_padding),
-        ),
-    ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    hooks = (
-        nn.modules.module.register_module_forward_pre_hook(recorder.enter),
-        nn.modules.module.register_module_forward_hook(recorder.leave),
-    )
-    AttentionInterface.register(IMPLEMENTATION, _interface_function(recorder))
-    masking_utils.AttentionMaskInterface.register(implementation, _mask_function(recorder))
-    try:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
-        for hook in hooks:
-            hook.remove()
-        if saved_mask is not None:
-            masks[implementation] = saved_mask
 
 
 class _Forward(nn.Module):
@@ -255,7 +69,7 @@ def capture(model: PreTrainedModel, max_model_len: int) -> tuple[Program, list[s
     program = _to_program(exported, max_model_len)
     if not input_node(program, "positions").users:
         raise UnsupportedModelError(_no_positions(model))
-    _check_tokens_meet_only_in_attention(program, _who(model))
+    check_token_flow(program, _who(model))
     if not model._can_set_attn_implementation():
         notes.append(
             f"{type(model).__name__} bypasses transformers' attention interface; captured at scaled_dot_product_attention"
@@ -316,7 +130,7 @@ def _interceptable(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]
     if model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
     implementation = IMPLEMENTATION if model._can_set_attn_implementation() else "sdpa"
-    with _intercepted(recorder, implementation), _attention_implementation(model, implementation):
+    with intercepted(recorder, implementation), _attention_implementation(model, implementation):
         yield
 
 
@@ -484,104 +298,6 @@ def _rooted_at_model(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-# Ops that carry information along the token dimension.
-_MIXING = {
-    "cumsum",
-    "cumprod",
-    "conv1d",
-    "convolution",
-    "roll",
-    "flip",
-    "scan",
-    "while_loop",
-    "scaled_dot_product_attention",
-}
-# Ops for which an integer argument only says which rows to take or put, as the experts of a mixture do.
-_ROW_MOVES = {"index", "index_put", "gather", "scatter", "index_add", "index_select", "scatter_add", "index_copy"}
-
-
-def _check_tokens_meet_only_in_attention(program: Program, who: str) -> None:
-    """Refuse graphs in which tokens influence each other outside attention, or that count positions themselves."""
-    if (node := _reduces_positions(program)) is not None:
-        raise UnsupportedModelError(
-            f"{who}: {_module_of(node)} looks at all positions together (aten.{_packet(node)}), which in a batch are those "
-            "of many sequences; optc does not support that"
-        )
-    for node in program.graph.nodes:
-        packet = _packet(node)
-        if free_unbacked_symbols(node.meta["val"]):
-            raise UnsupportedModelError(
-                f"{who}: {_module_of(node)} has shapes that depend on the values of data (aten.{packet}), which optc does "
-                "not support"
-            )
-        if node.users and isinstance(node.target, torch._ops.OpOverload) and not is_known_op(node.target):
-            raise UnsupportedModelError(
-                f"{who}: {_module_of(node)} calls {node.target}, which is outside the vocabulary of portable programs"
-            )
-        if packet in _MIXING and _runs_along_tokens(node):
-            raise UnsupportedModelError(
-                f"{who}: {_module_of(node)} combines tokens with aten.{packet} outside attention; such layers have a state "
-                "of their own, which optc does not support"
-            )
-        if packet == "arange" and _runs_along_tokens(node) and _counts_positions(node):
-            raise UnsupportedModelError(
-                f"{who}: {_module_of(node)} counts positions itself (aten.arange) instead of using position ids; optc does not support that"
-            )
-
-
-def _reduces_positions(program: Program) -> fx.Node | None:
-    """The first node that makes one value of all positions, such as the length of the data."""
-    made_of_positions = {input_node(program, "positions")}
-    node: fx.Node
-    for node in program.graph.nodes:
-        if not isinstance(node.meta.get("val"), Tensor):
-            continue
-        inputs = {n for n in node.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], Tensor)}
-        if not inputs or not inputs <= made_of_positions:
-            continue
-        if not _has_tokens(node):
-            return node
-        made_of_positions.add(node)
-    return None
-
-
-def _packet(node: fx.Node) -> str:
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-
-
-def _has_tokens(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
-
-
-def _runs_along_tokens(node: fx.Node) -> bool:
-    if _packet(node) in ("cumsum", "cumprod") and _has_tokens(node):
-        return isinstance(node.meta["val"].shape[node.args[1]], torch.SymInt)
-    return _has_tokens(node)
-
-
-def _counts_positions(arange: fx.Node) -> bool:
-    """Whether a count of tokens reaches values or masks, rather than only moving rows around."""
-    pending, seen = list(arange.users), {arange}
-    while pending:
-        node = pending.pop()
-        value = node.meta.get("val")
-        if node in seen or not isinstance(value, Tensor):
-            continue
-        seen.add(node)
-        if value.dtype.is_floating_point or value.dtype == torch.bool:
-            if _packet(node) not in _ROW_MOVES:
-                return True
-        else:
-            pending += node.users
-    return False
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack.values()))[0]) if stack else "the model"
-
-
 def decide_rope(model: nn.Module, max_model_len: int) -> list[str]:
     """Fix RoPE frequencies that transformers would choose by the length of the data, by `max_model_len`; say what was chosen."""
     notes: list[str] = []
@@ -618,7 +334,7 @@ def capture_module(module: nn.Module, example_inputs: tuple[Tensor, Tensor], max
     tokens = torch.export.Dim("T", min=2, max=max(max_model_len, 3))
     recorder = Recorder(max_model_len)
     try:
-        with torch.no_grad(), _intercepted(recorder, IMPLEMENTATION), _quiet():
+        with torch.no_grad(), intercepted(recorder, IMPLEMENTATION), _quiet():
             exported = torch.export.export(
                 module.eval(), example_inputs, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False
             )
@@ -634,12 +350,5 @@ def capture_module(module: nn.Module, example_inputs: tuple[Tensor, Tensor], max
             f"{type(module).__name__} calls no causal scaled_dot_product_attention on [1, H, T, D]; optc found no attention layer"
         )
     program = _to_program(exported, max_model_len)
-    _check_tokens_meet_only_in_attention(program, type(module).__name__)
+    check_token_flow(program, type(module).__name__)
     return program
-
-
-def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-
-
-assert _ops.attention  # capture emits optc::attention

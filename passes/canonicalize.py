@@ -70,7 +70,12 @@ def _same_dtype_copy(program: Program, node: fx.Node, result: Result) -> int:
 
 def _times_one(program: Program, node: fx.Node, result: Result) -> int:
     factor, dtype = arguments(node)["other"], value_of(node).dtype
-    if isinstance(factor, int | float) and factor == 1 and dtype.is_floating_point and dtype == value_of(node.args[0]).dtype:
+    if (
+        isinstance(factor, int | float)
+        and factor == 1
+        and dtype.is_floating_point
+        and dtype == value_of(node.args[0]).dtype
+    ):
         return _forward_input(program, node, result)
     return 0
 

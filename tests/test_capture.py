@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 import optc
 from optc.errors import CheckpointError, UnsupportedModelError, UsageError
-from optc.optimizer.capture import IMPLEMENTATION, MaskSpec, Recorder, _mask_function, capture, rehearse
 from optc.optimizer.adapter import merge_adapter
+from optc.optimizer.capture import capture, rehearse
 from optc.optimizer.checkpoint import load_checkpoint
+from optc.optimizer.intercept import IMPLEMENTATION, MaskSpec, Recorder, _mask_function
 from optc.runtime import LLM
 
 from .families import MAX_LEN, VOCAB_SIZE, load_reference, make_config, randomize, save_model

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner, Result
 
 from optc.cli import main
@@ -136,6 +135,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; from optc.cli import main; main(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys; from optc.cli import main; main(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -26,7 +26,7 @@ ALLOWED = {
 }
 # Third-party packages that only these modules may import.
 ONLY_IN = {
-    "transformers": ("optimizer.checkpoint", "optimizer.capture"),
+    "transformers": ("optimizer.checkpoint", "optimizer.capture", "optimizer.intercept"),
     "huggingface_hub": ("optimizer.checkpoint",),
     "peft": (),
     "triton": ("runtime.ops",),

@@ -67,7 +67,9 @@ def test_rounding_is_to_the_nearest_code(rows: int, columns: int, size: float, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("leading", [(1,), (5,), (1, 7)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_op_is_the_linear_of_the_stored_weight(dtype: torch.dtype, leading: tuple[int, ...], with_bias: bool) -> None:
+def test_the_op_is_the_linear_of_the_stored_weight(
+    dtype: torch.dtype, leading: tuple[int, ...], with_bias: bool
+) -> None:
     torch.manual_seed(0)
     codes, scale = quantize_rows(torch.randn(24, 40))
     x, bias = torch.randn(*leading, 40, dtype=dtype), torch.randn(24, dtype=dtype) if with_bias else None
