@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -155,7 +156,8 @@ def propagate(program: Program) -> None:
             values[node] = mode.from_tensor(get_weight(program.module, node.target), static_shapes=True)
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            with mode:
+            # Without the Python dispatcher some ops would take their sizes as plain integers and so fix the symbols.
+            with mode, enable_python_dispatcher():
                 values[node] = node.target(*args, **kwargs)
         node.meta["val"] = values.get(node)
 
