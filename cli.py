@@ -33,11 +33,19 @@ class _LazyGroup(click.Group):
         """Run a command; an error of ours becomes one line and its exit code, unless `--debug` wants the traceback."""
         try:
             return super().invoke(ctx)
-        except OptcError as error:
-            if ctx.params["debug"]:
+        except (OptcError, OSError, MemoryError, ModuleNotFoundError) as error:
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
                 raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            click.echo(f"error: {_one_line(error)}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, OptcError) else 1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f'{error}; the compiler needs more than the runtime: pip install "optc[compile]"'
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return " ".join(str(error).split())
 
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +61,7 @@ def main(debug: bool) -> None:
       optc run my.optc -p "def main("
       optc inspect my.optc
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate was not met.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate (the numeric check of a pass) was not met.
     """
 
 

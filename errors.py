@@ -5,12 +5,12 @@
     +-- CheckpointError           the checkpoint or adapter cannot be read
     +-- UnsupportedModelError     the model cannot be compiled, and says which module and what to do
     +-- PassError                 a pass did not match what it promised, or broke the graph
-    |   +-- VerificationError     the graph computes something else than before
+    |   +-- VerificationError     the graph computes something else than before                     (exit code 3)
     +-- TargetError               an unknown target, or one that lacks what was asked for           (exit code 2)
     +-- LoweringError             native code could not be made
     +-- ArtifactError             an artifact cannot be written, read or trusted
     +-- RequestError              a prompt or a sampling parameter is wrong
-    +-- GateError                 a gate the user set was not met                                   (exit code 3)
+    +-- ExecutionError            the model computed something that is no number
 
 Messages name the thing, what was found, what was expected, and the way out. `assert` is for optc's own invariants.
 """
@@ -39,7 +39,7 @@ class PassError(OptcError):
 
 
 class VerificationError(PassError):
-    pass
+    exit_code = 3
 
 
 class TargetError(OptcError):
@@ -58,5 +58,5 @@ class RequestError(OptcError):
     pass
 
 
-class GateError(OptcError):
-    exit_code = 3
+class ExecutionError(OptcError):
+    pass

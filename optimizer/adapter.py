@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
+# Initialisations that change the base weights: the adapter fits those, not the checkpoint's.
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq")
+_DEFAULT_ALPHA = 8
+"""PEFT's, for a config that names none."""
+
 
 def merge_adapter(model: nn.Module, adapter: Path) -> None:
     """Add a PEFT LoRA adapter to the weights: W += scaling * B @ A, computed in float32.
@@ -23,20 +28,7 @@ def merge_adapter(model: nn.Module, adapter: Path) -> None:
     Raises:
         CheckpointError: not a LoRA adapter, one of another model, or one that needs more than merging.
     """
-    config_path, weights_path = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(f"{adapter}: no {path.name}; expected a PEFT LoRA adapter")
-    config = _read_config(config_path)
-    try:
-        with safetensors.safe_open(weights_path, "pt") as opened:
-            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{adapter}: unreadable adapter: {error}") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)"
-        )
+    config, tensors = read_adapter(adapter)
     modules = dict(model.named_modules())
     tensors = {name: value for name, value in tensors.items() if not _is_base_weight(name, value, modules)}
     pairs = _adapter_pairs(adapter, tensors)
@@ -56,16 +48,60 @@ def merge_adapter(model: nn.Module, adapter: Path) -> None:
         modules[name].weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
 
 
+def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter, checked as far as that goes without the model it is for.
+
+    Raises:
+        CheckpointError: not a LoRA adapter, or one that needs more than merging.
+    """
+    config_path, weights_path = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise CheckpointError(f"{adapter}: no {path.name}; expected a PEFT LoRA adapter")
+    config = _read_config(config_path)
+    try:
+        with safetensors.safe_open(weights_path, "pt") as opened:
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: unreadable adapter: {error}") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{adapter}: {config.get('peft_type')} adapter; optc merges plain LoRA (no DoRA, no trained biases)"
+        )
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_RESIDUAL_INITS):
+        raise CheckpointError(
+            f"{adapter}: init_lora_weights {init!r} changed the base weights, so the adapter does not fit the checkpoint's; "
+            "save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if config.get("alora_invocation_tokens") is not None:
+        raise CheckpointError(
+            f"{adapter}: an activated LoRA (alora_invocation_tokens) acts on some tokens only and cannot be merged"
+        )
+    return config, tensors
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        alphas = [config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values()]
+        patterns = config.get("alpha_pattern") or {}
+        alphas = [config.get("lora_alpha", _DEFAULT_ALPHA), *patterns.values()]
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: unreadable adapter: {error}") from error
     if wrong := [alpha for alpha in alphas if isinstance(alpha, bool) or not isinstance(alpha, int | float)]:
         raise CheckpointError(f"{path}: lora_alpha {wrong[0]!r} is not a number")
+    for pattern in patterns:
+        try:
+            re.compile(_layers(pattern))
+        except re.error as error:
+            raise CheckpointError(f"{path}: alpha_pattern {pattern!r} is not a regular expression: {error}") from error
     assert isinstance(config, dict)
     return config
+
+
+def _layers(pattern: str) -> str:
+    """The expression that PEFT matches layer names with."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _is_base_weight(name: str, value: Tensor, modules: dict[str, nn.Module]) -> bool:
@@ -98,9 +134,9 @@ def _adapter_pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple
 
 
 def _lora_scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", rank)
+    alpha = config.get("lora_alpha", _DEFAULT_ALPHA)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_layers(pattern), name):
             alpha = value
             break
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
-from .adapter import merge_adapter
+from .adapter import merge_adapter, read_adapter
 from .capture import attention_names, first_line, rehearse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 _ENCODERS = ("vision_config", "audio_config", "image_config", "vq_config")
 
@@ -29,6 +31,10 @@ _ENCODERS = ("vision_config", "audio_config", "image_config", "vq_config")
 _STATEFUL = re.compile(
     r"Mamba|SSM|DeltaNet|LinearAttention|Recurrent|RG_?LRU|RWKV|Rwkv|xLSTM|mLSTM|sLSTM|ShortConv|RetNet|Lightning|Bailing.*Linear"
 )
+
+
+# Buffers that old checkpoints hold and newer models compute.
+_COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def load_checkpoint(
     limit = _length_limit(config, max_model_len)
     refuse_by_skeleton(config, limit)
     _check_weight_files(folder)
+    if adapter is not None:
+        read_adapter(adapter)  # refused before the weights are loaded, not after
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     model = _load_model(folder, config, dtype)
@@ -113,13 +121,15 @@ def load_checkpoint(
 
 
 def _download(source: str) -> Path:
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"{source}: no such folder (and not a hub id, which looks like owner/name)")
+    if not _HUB_ID.fullmatch(source) or Path(source).exists():
+        raise CheckpointError(f"{source}: no such folder (and not a hub id, which looks like owner/name or name)")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        # The same weights again in the format of the model's authors, which doubles the download.
+        twice = ["consolidated*.safetensors", "original/*"]
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=twice))
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(
@@ -247,6 +257,8 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     transformers.logging.disable_progress_bar()  # the command line shows the stage; a second bar would tear it
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report of the loading; what matters of it is refused below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -259,6 +271,8 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -268,6 +282,11 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTraine
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(f"{folder}: {name} is {list(found)}, the config makes it {list(expected)}")
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not name.endswith(_COMPUTED)):
+        raise CheckpointError(
+            f"{folder}: the checkpoint holds {len(unexpected)} weights the model has no place for, among them "
+            f"{unexpected[0]}; its config.json is for another model"
+        )
     assert isinstance(model, PreTrainedModel)
     return model.requires_grad_(False)
 

@@ -55,7 +55,9 @@ def compile_command(
       optc compile Qwen/Qwen3-8B --target h100 --fp8 -o qwen3.optc
       optc compile ./my-llama --target cpu-avx2 --dtype bfloat16 --dump graphs/
     """
-    output = output or Path(f"{Path(model).name}.optc")
+    output = output or Path(f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}.optc")
+    if dump := options["dump"]:
+        dump.mkdir(parents=True, exist_ok=True)  # fails now, not after the model is loaded
     console = Console(stderr=True, quiet=quiet or as_json)
     columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(bar_width=24), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars, console.capture() if console.quiet else _nothing():
@@ -119,7 +121,7 @@ def targets_command(as_json: bool) -> None:
         memory = f"{target.memory_gib} GiB" if target.memory_gib else "-"
         bandwidth = f"{target.bandwidth_gbs} GB/s" if target.bandwidth_gbs else "-"
         rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in target.tflops.items()) or "-"
-        native = "made here" if target.is_this_machine() else "pending"
+        native = "made here" if target.can_build_here() else "pending"
         table.add_row(target.name, target.architecture, memory, bandwidth, rates, native)
     Console().print(table)
 

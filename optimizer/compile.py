@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import __version__
 from ..errors import UsageError
 from ..passes.base import run_passes
-from ..passes.graph import Program
+from ..passes.graph import Program, value_of
 from ..passes.verify import Probe
 from ..runtime.manifest import (
     KVCacheSpec,
@@ -28,11 +28,12 @@ from ..runtime.manifest import (
     PassRecord,
     TokenizerRecord,
     Versions,
+    checksum_of,
     identity_of,
 )
 from ..runtime.program import encode_program, program_ops, write_program
 from ..runtime.report import report_html
-from .capture import capture, capture_module
+from .capture import capture, capture_module, first_line
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Backend, CompileConfig
 from .package import check_output, file_records, write_manifest, write_weights, writing
@@ -169,18 +170,20 @@ def _capture_module(
         raise UsageError("compiling a module needs example_inputs=(input_ids, positions), each i64[1, T] with T >= 2")
     if config.adapter is not None or config.dtype != "auto":
         raise UsageError("adapter and dtype are for checkpoints; change the module itself")
-    limit = config.max_model_len or 2048
+    limit = 2048 if config.max_model_len is None else config.max_model_len
+    if limit < 2:
+        raise UsageError(f"max_model_len {limit}: expected at least 2")
     with progress.stage("capture"):
         program = capture_module(module, example_inputs, limit)
-    first = next(iter(module.parameters()))
+        _check_last_position(module, example_inputs, limit)
     record = ModelRecord(
         source=config.source,
         source_sha256=_hash_weights(module),
         model_type="module",
         architecture=type(module).__name__,
         adapter=None,
-        parameters=sum(p.numel() for p in module.parameters()),
-        dtype=str(first.dtype).removeprefix("torch."),
+        parameters=_module_size(module, program),
+        dtype=str(_module_dtype(module, program)).removeprefix("torch."),
         vocab_size=_vocab_size(program),
         max_model_len=limit,
         notes=(),
@@ -188,16 +191,47 @@ def _capture_module(
     return Captured(program, record, None)
 
 
-def _vocab_size(program: Program) -> int:
+def _check_last_position(module: nn.Module, example_inputs: tuple[Tensor, Tensor], limit: int) -> None:
+    """Run the module on two tokens at the last positions: a table of positions that is too small fails here, not later."""
+    ids, positions = example_inputs
+    try:
+        with torch.no_grad():
+            module(ids[:, :2], torch.tensor([[limit - 2, limit - 1]], dtype=positions.dtype, device=positions.device))
+    except Exception as error:
+        raise UsageError(
+            f"max_model_len {limit}: {type(module).__name__} fails at position {limit - 1}: {first_line(error)}; give the "
+            "max_model_len that it has positions for"
+        ) from error
+
+
+def _module_size(module: nn.Module, program: Program) -> int:
+    """How many parameters; of a module that keeps its weights elsewhere, how many numbers its program holds (or 1)."""
+    count = sum(p.numel() for p in module.parameters())
+    return count or sum(weight.numel() for weight in program.weights().values()) or 1
+
+
+def _module_dtype(module: nn.Module, program: Program) -> torch.dtype:
+    """Of the first floating parameter or buffer; of the logits if there is none."""
+    kept = [tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    return kept[0] if kept else value_of(_logits(program)).dtype
+
+
+def _logits(program: Program) -> fx.Node:
     logits = program.graph.output_node().args[0][0]  # type: ignore[index]
-    return int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
+    assert isinstance(logits, fx.Node)
+    return logits
+
+
+def _vocab_size(program: Program) -> int:
+    return int(value_of(_logits(program)).shape[-1])
 
 
 def _hash_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        # Flat first: a tensor without dimensions cannot be viewed as bytes.
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -239,13 +273,16 @@ def _write(
         encoded[file] = encode_program(program.module, [spec.name for spec in program.inputs])
         write_program(folder / file, encoded[file])
     with progress.stage("write weights"):
-        constants = write_weights(folder, step.weights() | score.weights(), score.sources | step.sources)
+        constants = write_weights(
+            folder, step.weights() | score.weights(), score.sources | step.sources, score.layouts | step.layouts
+        )
     native = (_lower(folder, step, config, progress),) if config.backend == "inductor" else ()
     tokenizer = _write_tokenizer(folder, captured.checkpoint)
     with progress.stage("hash files"):
         files = file_records(folder)
     manifest = Manifest(
         identity="",
+        checksum="",
         created_by=Versions(optc=__version__, torch=torch.__version__, transformers=version("transformers")),
         target=config.target.name,
         backend=config.backend,
@@ -267,13 +304,14 @@ def _write(
     )
     manifest = manifest.model_copy(update={"identity": identity_of(manifest)})
     (folder / "report.html").write_text(report_html(manifest), encoding="utf-8")
-    return manifest.model_copy(update={"files": file_records(folder, known=files)})
+    manifest = manifest.model_copy(update={"files": file_records(folder, known=files)})
+    return manifest.model_copy(update={"checksum": checksum_of(manifest)})
 
 
 def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progress) -> NativeCode:
     target = config.target
     torch_version = ".".join(torch.__version__.split(".")[:2])
-    if not target.is_this_machine():
+    if not target.can_build_here():
         return NativeCode(
             target=target.name,
             backend="inductor",

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..runtime.artifact import MANIFEST, file_sha256
-from ..runtime.manifest import ConstantRecord, FileRecord, Manifest
+from ..runtime.manifest import ConstantRecord, FileRecord, Layout, Manifest
 
 SHARD_BYTES = 5 * 10**9
+_ALL_PLAIN: Mapping[str, Layout] = {}
 
 
 @contextmanager
@@ -54,11 +55,12 @@ def writing(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output path before any work starts.
+    """Refuse an output path before any work starts. An artifact that a killed --force had moved away comes back first.
 
     Raises:
         UsageError: it exists and `force` is off, or is no artifact (which `force` does not replace).
     """
+    _put_back(output)
     if not output.exists():
         return
     if not force:
@@ -67,10 +69,31 @@ def check_output(output: Path, *, force: bool) -> None:
         raise UsageError(f"{output} exists and is not an artifact; --force replaces artifacts only")
 
 
+def _left(output: Path, suffix: str) -> list[Path]:
+    """The folders `.NAME.*SUFFIX` that compiles to `output` left or still use."""
+    return list(output.parent.glob(f".{glob.escape(output.name)}.*{suffix}"))
+
+
+def _put_back(output: Path) -> None:
+    """Rename the old artifact back that a compile moved away before it was killed; the newest, if there are several."""
+    if output.exists():
+        return
+    with contextlib.suppress(OSError):  # what cannot be put back stays where it is, and is not deleted either
+        for old in sorted(_left(output, ".old"), key=lambda path: path.stat().st_ctime_ns, reverse=True):
+            lock = _lock(old)
+            if lock is not None:
+                old.rename(output)
+                os.close(lock)
+                return
+
+
 def _remove_abandoned(output: Path) -> None:
-    """Remove what compiles that were killed left; one that runs holds a lock on its folder and is left alone."""
-    prefix = f".{glob.escape(output.name)}."
-    for folder in [*output.parent.glob(f"{prefix}*.tmp"), *output.parent.glob(f"{prefix}*.old")]:
+    """Remove what compiles that were killed left; one that runs holds a lock on its folder and is left alone.
+
+    An old artifact goes only if a whole one stands in its place.
+    """
+    replaced = _left(output, ".old") if (output / MANIFEST).is_file() else []
+    for folder in [*_left(output, ".tmp"), *replaced]:
         lock = _lock(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -93,28 +116,45 @@ def _lock(folder: Path) -> int | None:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(temporary: Path, output: Path) -> None:
+    """Rename `temporary` to `output`. Until it stands there, the old artifact is kept as `.old`; see `_put_back`."""
     old = temporary.with_suffix(".old")
-    if output.exists():
-        output.rename(old)
+    lock = _lock(output) if output.exists() else None  # goes along, so that no other compile puts `old` back meanwhile
     try:
-        temporary.rename(output)
-    except OSError:
-        with contextlib.suppress(OSError):
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        try:
+            temporary.rename(output)
+        except OSError:
+            with contextlib.suppress(OSError):
+                old.rename(output)
+            raise
+        with contextlib.suppress(OSError):  # the artifact stands; some file systems cannot sync folders
+            _sync_one(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, str]) -> dict[str, ConstantRecord]:
-    """Write the weights as safetensors, in shards of at most 5 GB, in their order; equal weights give equal bytes."""
+def write_weights(
+    folder: Path, weights: dict[str, Tensor], sources: dict[str, str], layouts: Mapping[str, Layout] = _ALL_PLAIN
+) -> dict[str, ConstantRecord]:
+    """Write the weights as safetensors, in shards of at most 5 GB, in their order; equal weights give equal bytes.
+
+    `sources` and `layouts` are those of `passes.graph.Program`: a weight that is not in them is the checkpoint's, as is.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, weight in weights.items():
@@ -131,7 +171,11 @@ def write_weights(folder: Path, weights: dict[str, Tensor], sources: dict[str, s
         for name, weight in shard.items():
             dtype = str(weight.dtype).removeprefix("torch.")
             records[name] = ConstantRecord(
-                file=file, dtype=dtype, shape=tuple(weight.shape), source=sources.get(name, name)
+                file=file,
+                dtype=dtype,
+                shape=tuple(weight.shape),
+                source=sources.get(name, name),
+                layout=layouts.get(name, "plain"),
             )
     return records
 

@@ -6,6 +6,7 @@ on the machine and are not listed.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 
 from ..errors import TargetError
@@ -46,9 +47,10 @@ class Target:
                 f"--{dtype} for {self.name}: {self.architecture} has no {dtype.upper()} arithmetic; targets that have: {able}"
             )
 
-    def is_this_machine(self) -> bool:
-        """Whether native code for the target can be made here. CPU code can be, for any instruction set."""
-        return self.device == "cpu"
+    def can_build_here(self) -> bool:
+        """Whether native code for the target can be made on this machine: CPU code, for a processor of its family."""
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        return self.device == "cpu" and (is_x86 or self.name == "native")
 
 
 def _cuda(name: str, architecture: str, memory_gib: int, bandwidth_gbs: int, **tflops: float) -> Target:

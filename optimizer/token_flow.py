@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import UnsupportedModelError
 from ..passes.graph import Program, input_node
-from ..runtime.program import is_known_op
+from ..runtime.vocabulary import is_known_op
 
 # Ops that carry information along the token dimension.
 _MIXING = {

@@ -117,7 +117,8 @@ def _addmm(program: Program, node: fx.Node, result: Result) -> int:
     with replacing(program.graph, node) as new:
         if name not in program.sources:
             source = program.sources.get(str(weight.target), str(weight.target))
-            add_weight(program, name, get_weight(program.module, str(weight.target)).detach().t().contiguous(), source)
+            value = get_weight(program.module, str(weight.target)).detach().t().contiguous()
+            add_weight(program, name, value, source, layout="transposed")
         new.append(call(program.graph, aten.linear.default, x, program.graph.get_attr(name), bias))
     return 1
 

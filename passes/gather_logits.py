@@ -36,9 +36,6 @@ class GatherLogits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"paged"})
     provides: ClassVar[frozenset[str]] = frozenset({"step"})
 
-    def expected_matches(self, program: Program) -> int:
-        return 1
-
     def apply(self, program: Program) -> Result:
         graph, result = program.graph, Result()
         program.symbols["L"] = (1, 2**20)
@@ -60,7 +57,7 @@ class GatherLogits(Pass):
             flat = call(graph, aten.select.int, logits, 0, 0)
             output.args = ((call(graph, aten._to_copy.default, flat, dtype=torch.float32),),)
         program.outputs = ("logits",)
-        result.matches = 1
+        result.matches = int(head is not None)
         return result
 
 

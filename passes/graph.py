@@ -14,7 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ..runtime.manifest import KVCacheSpec, ProgramSpec, TensorSpec
+from ..runtime.manifest import KVCacheSpec, Layout, ProgramSpec, TensorSpec
 
 # A distinct prime for each symbol: equal hints would be taken for the same symbol, 0 and 1 would be specialised.
 _HINTS = (7, 3, 5, 11, 13, 17, 19, 23, 29, 31)
@@ -32,6 +32,7 @@ class Program:
         outputs: name of each output.
         kv_cache: geometry of each layer's cache, in the order of the layers.
         sources: checkpoint name of each weight; a weight made by a pass names what it was made from.
+        layouts: how a weight made by a pass lies beside its source; all others are plain.
     """
 
     module: fx.GraphModule
@@ -40,6 +41,7 @@ class Program:
     outputs: tuple[str, ...]
     kv_cache: list[KVCacheSpec] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -64,6 +66,7 @@ class Program:
             self.outputs,
             list(self.kv_cache),
             dict(self.sources),
+            dict(self.layouts),
         )
 
 
@@ -75,7 +78,7 @@ def get_weight(module: torch.nn.Module, name: str) -> Tensor:
     return value
 
 
-def add_weight(program: Program, name: str, value: Tensor, source: str) -> None:
+def add_weight(program: Program, name: str, value: Tensor, source: str, *, layout: Layout = "plain") -> None:
     """Register `value` as a weight that `get_attr` nodes can name, made from the checkpoint's `source`."""
     owner, _, leaf = name.rpartition(".")
     parent: torch.nn.Module = program.module
@@ -85,6 +88,7 @@ def add_weight(program: Program, name: str, value: Tensor, source: str) -> None:
         parent = getattr(parent, part)
     parent.register_buffer(leaf, value)
     program.sources[name] = source
+    program.layouts[name] = layout
 
 
 def add_input(program: Program, spec: TensorSpec) -> fx.Node:

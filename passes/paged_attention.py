@@ -32,7 +32,8 @@ class PagedAttention(Pass):
     def apply(self, program: Program) -> Result:
         graph, result = program.graph, Result()
         _pack_inputs(program)
-        program.symbols |= {"B": (1, 2**16), "P": (1, 2**20), "Q": (2, 2**16 + 1)}
+        # T was bounded by the length of one sequence; now it counts the tokens of all.
+        program.symbols |= {"T": (1, 2**20), "B": (1, 2**16), "P": (1, 2**20), "Q": (2, 2**16 + 1)}
         block_table = add_input(program, TensorSpec(name="block_table", dtype="int32", shape=("B", "P")))
         query_start_loc = add_input(program, TensorSpec(name="query_start_loc", dtype="int32", shape=("Q",)))
         seq_lens = add_input(program, TensorSpec(name="seq_lens", dtype="int32", shape=("B",)))

@@ -41,8 +41,9 @@ class QuantizeFp8(Pass):
             name = weight.target
             codes, scale = quantize_rows(get_weight(program.module, name))
             source = program.sources.get(name, name)
-            add_weight(program, f"{name}_fp8", codes, source)
-            add_weight(program, f"{name}_scale", scale, source)
+            is_transposed = program.layouts.get(name) == "transposed"
+            add_weight(program, f"{name}_fp8", codes, source, layout="fp8_transposed" if is_transposed else "fp8")
+            add_weight(program, f"{name}_scale", scale, source, layout="fp8_scale")
             with replacing(program.graph, node) as new:
                 stored, scales = program.graph.get_attr(f"{name}_fp8"), program.graph.get_attr(f"{name}_scale")
                 new.append(call(program.graph, optc.linear_fp8.default, x, stored, scales, bias))

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..errors import ArtifactError
 from .cache import cache_folder
-from .manifest import SCHEMA_VERSION, Manifest
+from .manifest import SCHEMA_VERSION, Manifest, checksum_of
 from .program import decode_program, find_op
 
 MANIFEST = "manifest.json"
@@ -115,10 +115,10 @@ def open_artifact(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, checked against the schema and against nothing else.
+    """The manifest alone, checked against the schema and its own checksum and against nothing else.
 
     Raises:
-        ArtifactError: there is none, it is not JSON, or of another schema version.
+        ArtifactError: there is none, it is not JSON, of another schema version, or damaged.
     """
     path = folder / MANIFEST
     if not folder.exists():
@@ -134,13 +134,19 @@ def read_manifest(folder: Path) -> Manifest:
         way_out = "update optc" if isinstance(version, int) and version > SCHEMA_VERSION else "compile the model again"
         raise ArtifactError(f"{path}: schema version {version!r}; this runtime reads {SCHEMA_VERSION}: {way_out}")
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(
             f"{path}: {where}: {first['msg']}; the manifest is damaged, compile the model again"
         ) from error
+    if (found := checksum_of(manifest)) != manifest.checksum:
+        raise ArtifactError(
+            f"{path}: content has the checksum {found[:16]}, the file says {manifest.checksum[:16]!r}; the manifest is "
+            "damaged, copy the artifact again or compile the model again"
+        )
+    return manifest
 
 
 def _named_files(manifest: Manifest) -> list[str]:

@@ -51,41 +51,65 @@ def run_command(
       echo "Once upon a time" | optc run my.optc -p - --temperature 0.8 --seed 1
       optc run my.optc --token-ids 1,17,42
     """
-    if prompt is not None and token_ids is not None:
-        raise UsageError("give --prompt or --token-ids, not both")
+    if token_ids is not None and (prompt is not None or chat):
+        raise UsageError("--token-ids goes with neither --prompt nor --chat")
     if prompt is None and token_ids is None and not chat:
         raise UsageError("give a prompt with -p (or -p - for standard input), --token-ids, or --chat")
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from .llm import LLM
-
     started = time.perf_counter()
-    llm = LLM(artifact, native=not no_native, verify=verify, max_num_seqs=1)
+    llm = _load(artifact, native=not no_native, verify=verify, quiet=quiet)
     loaded = time.perf_counter() - started
     options = {"max_tokens": max_tokens, **_sampling(llm.manifest.generation, sampling)}
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    started = time.perf_counter()
     if token_ids is not None:
         result = llm.generate(_parse_ids(token_ids), **options)[0]
         click.echo(",".join(map(str, result.token_ids)))
     elif chat and prompt is None:
+        llm.chat_prompt([{"role": "user", "content": "?"}])  # no chat template: say so before the first line is typed
         _converse(llm, options)
     else:
         assert prompt is not None
-        ids = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
-        count, seconds = _print_stream(llm.stream(ids, **options))
-        if not quiet:
-            click.echo(f"[loaded in {loaded:.2f} s; {count} pieces in {seconds:.2f} s]", err=True)
+        text = _read_stdin() if prompt == "-" else prompt
+        _print_stream(llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, **options))
+    if not quiet:
+        count, seconds = llm.engine.num_generated_tokens, time.perf_counter() - started
+        click.echo(
+            f"[loaded in {loaded:.2f} s; {count} tokens in {seconds:.2f} s, {count / seconds:.0f} a second]", err=True
+        )
+
+
+def _load(artifact: Path, *, native: bool, verify: bool, quiet: bool) -> LLM:
+    """The artifact; while its files are hashed, which takes seconds for a large one, a spinner says so."""
+    from .llm import LLM
+
+    console = Console(stderr=True, quiet=quiet)
+    with console.status(f"loading {artifact.name}") as status:
+        return LLM(
+            artifact,
+            native=native,
+            verify=verify,
+            max_num_seqs=1,
+            on_hash=lambda file: status.update(f"checking {file}"),
+        )
+
+
+def _read_stdin() -> str:
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 text: byte {error.start} is {content[error.start]:#x}"
+        ) from error
 
 
 def _sampling(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The command line's parameters, over those of the model's generation_config.json if that samples."""
     options = {name: value for name, value in given.items() if value is not None}
-    if defaults.get("do_sample") and "temperature" not in options:
-        base = {
-            "temperature": 1.0,
-            **{name: defaults[name] for name in ("temperature", "top_k", "top_p") if name in defaults},
-        }
-        options = base | options
-    return options
+    if not defaults.get("do_sample"):
+        return options
+    names = [name for name in ("temperature", "top_k", "top_p") if name in defaults]
+    return {"temperature": 1.0, **{name: defaults[name] for name in names}, **options}
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -95,13 +119,10 @@ def _parse_ids(text: str) -> list[int]:
         raise UsageError(f"--token-ids {text!r}: expected integers separated by commas") from error
 
 
-def _print_stream(pieces: Iterator[str]) -> tuple[int, float]:
-    started, count = time.perf_counter(), 0
+def _print_stream(pieces: Iterator[str]) -> None:
     for piece in pieces:
         click.echo(piece, nl=False)
-        count += 1
     click.echo()
-    return count, time.perf_counter() - started
 
 
 def _converse(llm: LLM, options: dict[str, Any]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import numbers
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +52,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Runs requests over an artifact. Not thread-safe: one thread drives it.
+    """Runs requests over an artifact. Threads may share it: a lock lets one of them in at a time.
 
     Args:
         artifact: opened and checked.
@@ -68,6 +72,8 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
+        self._lock = threading.Lock()
+        self.num_generated_tokens = 0
         self._ids = itertools.count()
         self._end_ids = frozenset(manifest.eos_token_ids)
 
@@ -77,11 +83,10 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, holds ids out of range, or leaves no room for a single token.
         """
-        ids = list(prompt_token_ids)
         limit = self.manifest.model.max_model_len
-        if not ids:
+        if not prompt_token_ids:
             raise RequestError("empty prompt: it has no tokens")
-        self.check_token_ids(ids)
+        ids = self.check_token_ids(prompt_token_ids)
         if len(ids) >= limit:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; the context length is {limit}, prompt and completion together"
@@ -92,42 +97,54 @@ class Engine:
             raise RequestError(
                 f"the request needs {longest} tokens of KV cache, which holds {held}; raise kv_cache_memory or lower max_tokens"
             )
-        number = next(self._ids)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
-        request = Request(number, ids, params, seed, list(ids))
-        self.scheduler.add(request)
+        with self._lock:
+            request = Request(next(self._ids), ids, params, seed, list(ids))
+            self.scheduler.add(request)
         return request
 
-    def check_token_ids(self, ids: Sequence[int]) -> None:
-        """Refuse ids that the model does not have.
+    def check_token_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids as plain integers; those the model does not have are refused.
 
         Raises:
             RequestError: one is out of range, or not an integer.
         """
         size = self.manifest.model.vocab_size
-        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size]:
+        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, numbers.Integral) or not 0 <= t < size]:
             raise RequestError(f"token id {wrong[0]!r} in the prompt: expected 0 to {size - 1}")
+        return [int(t) for t in ids]
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
 
     def abort(self, requests: Iterable[Request]) -> None:
         """Drop requests that have not finished, and free their blocks."""
-        for request in requests:
-            self.scheduler.finish(request)
+        with self._lock:
+            for request in requests:
+                self.scheduler.finish(request)
 
     def step(self) -> list[Request]:
-        """Run one step; the requests that got a token in it. Those with a `finish_reason` have left the engine."""
+        """Run one step; the requests that got a token in it. Those with a `finish_reason` have left the engine.
+
+        A step happens as a whole or not at all: after an exception the same tokens are due again.
+
+        Raises:
+            ExecutionError: the model gave logits that are not finite.
+        """
+        with self._lock:
+            return self._step()
+
+    def _step(self) -> list[Request]:
         step = self.scheduler.schedule()
         if not step:
             return []
         logits = self.executor.run(self._inputs(step))
         advanced = [s.request for s in step if s.reaches_end]
+        tokens = sample(logits, advanced) if advanced else []
         for scheduled in step:
             scheduled.request.num_computed += scheduled.num_new
-        if not advanced:
-            return []
-        for request, token in zip(advanced, sample(logits, advanced), strict=True):
+        self.num_generated_tokens += len(tokens)
+        for request, token in zip(advanced, tokens, strict=True):
             request.token_ids.append(token)
             self._finish_if_done(request, token)
         return advanced
@@ -136,7 +153,7 @@ class Engine:
         if token in self._end_ids and not request.params.ignore_eos:
             request.finish_reason = "stop"
         elif (
-            len(request.output_token_ids) >= request.params.max_tokens
+            request.num_output_tokens >= request.params.max_tokens
             or request.num_tokens >= self.manifest.model.max_model_len
         ):
             request.finish_reason = "length"
@@ -188,10 +205,14 @@ def _num_blocks(artifact: Artifact, config: EngineConfig) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that can be allocated without swapping."""
+    """Bytes that can be allocated without swapping, and within the limit of the container."""
     try:
-        with open("/proc/meminfo") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, max(0, limit - used))
+    return available

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A compiled model.
+    """A compiled model. Threads may share one.
 
         llm = LLM("qwen3.optc")
         print(llm.generate("Hello", max_tokens=32)[0].text)
@@ -32,6 +34,7 @@ class LLM:
             ops, and safetensors. Native code of a stranger is a stranger's program.
         verify: hash every file even if the artifact was checked on this machine before.
         max_num_seqs, max_num_batched_tokens, kv_cache_memory: see `EngineConfig`.
+        on_hash: called with the name of each file before it is hashed.
 
     Raises:
         ArtifactError: the artifact is damaged or does not fit this machine.
@@ -46,8 +49,9 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         kv_cache_memory: int | None = None,
+        on_hash: Callable[[str], None] = lambda file: None,
     ) -> None:
-        self.artifact = open_artifact(path, verify=verify)
+        self.artifact = open_artifact(path, verify=verify, on_hash=on_hash)
         self.manifest = self.artifact.manifest
         record = self.manifest.tokenizer
         self.tokenizer = Tokenizer(self.artifact.path, record) if record else None
@@ -76,8 +80,9 @@ class LLM:
         chosen = _params(params, options)
         requests = self._add_all([self._encode(prompt) for prompt in _as_list(prompts)], chosen)
         try:
-            while any(request.finish_reason is None for request in requests):
-                self.engine.step()
+            for request in requests:
+                while request.finish_reason is None:
+                    self.engine.step()
         except BaseException:
             self.engine.abort(requests)
             raise
@@ -90,16 +95,24 @@ class LLM:
             RequestError: as `generate`, before the first piece.
         """
         tokenizer = self._need_tokenizer("streaming text")
+        chosen = _params(params, options)
         ids = self._encode(prompt)
-        (request,) = self._add_all([ids], _params(params, options))
-        return self._pieces(tokenizer, request)
+        self.engine.abort(self._add_all([ids], chosen))  # refuse now what would be refused at the first piece
+        return self._pieces(tokenizer, ids, chosen)
 
-    def _pieces(self, tokenizer: Tokenizer, request: Request) -> Iterator[str]:
-        detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
+    def _pieces(self, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        detokenizer = tokenizer.detokenizer(prompt)
+        (request,) = self._add_all([prompt], params)
+        given = 0
         try:
-            while request.finish_reason is None:
-                if request in self.engine.step() and (piece := detokenizer.push(request.token_ids[-1])):
-                    yield piece
+            while request.finish_reason is None or given < request.num_output_tokens:
+                # Other callers step the engine too, so there may be none or several new tokens.
+                if given == request.num_output_tokens:
+                    self.engine.step()
+                for token in request.output_token_ids[given:]:
+                    given += 1
+                    if piece := detokenizer.push(token):
+                        yield piece
             if piece := detokenizer.flush():
                 yield piece
         finally:
@@ -110,12 +123,17 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
         **options: Any,
     ) -> list[GenerationResult]:
         """Answer a conversation, or several, through the model's chat template.
 
         Args:
             messages: `{"role": "user", "content": "..."}` and so on; or a list of such conversations.
+            params: for all conversations.
+            template_variables: what the template takes besides messages, such as `tools` or `enable_thinking`.
+            **options: fields of `SamplingParams`, over those of `params`.
 
         Raises:
             RequestError: no chat template, or messages it refuses; and as `generate`.
@@ -123,12 +141,14 @@ class LLM:
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError('messages: expected a list of {"role": ..., "content": ...}, at least one')
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        return self.generate([self.chat_prompt(c) for c in conversations], params, **options)  # type: ignore[arg-type]
+        variables = dict(template_variables or {})
+        prompts = [self.chat_prompt(conversation, **variables) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, params, **options)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
         """The token ids of a conversation, ready for the model's answer."""
         tokenizer = self._need_tokenizer("chat")
-        return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+        return tokenizer.encode(tokenizer.render_chat(messages, **template_variables), add_special_tokens=False)
 
     @torch.inference_mode()
     def score(self, prompt: Prompt) -> list[float]:
@@ -141,18 +161,21 @@ class LLM:
         limit = self.manifest.model.max_model_len
         if not 2 <= len(ids) <= limit:
             raise RequestError(f"{len(ids)} tokens to score: expected 2 to {limit}")
-        self.engine.check_token_ids(ids)
-        constants = self.engine.executor.constants
-        program, _ = self.artifact.load_program(self.manifest.score.file, constants, torch.device("cpu"))
-        tokens = torch.tensor(ids)
-        logits = program(tokens[None], torch.arange(len(ids))[None])[0][0].float()
+        tokens = torch.tensor(self.engine.check_token_ids(ids))
+        logits = self._scoring_program(tokens[None], torch.arange(len(ids))[None])[0][0].float()
         found: list[float] = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
         return found
+
+    @cached_property
+    def _scoring_program(self) -> Callable[..., Any]:
+        constants = self.engine.executor.constants
+        program, _ = self.artifact.load_program(self.manifest.score.file, constants, torch.device("cpu"))
+        return program
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             ids: object = prompt
-            if not isinstance(ids, Sequence):
+            if not isinstance(ids, Sequence) or isinstance(ids, bytes):
                 raise RequestError(f"prompt {prompt!r}: expected a text or a list of token ids")
             return list(ids)
         if not prompt:
@@ -208,4 +231,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         raise RequestError(f"prompts {prompts!r}: expected a text, a list of token ids, or a list of such")
     if not prompts:
         raise RequestError("no prompts")
-    return [prompts] if isinstance(prompts[0], int) else prompts  # type: ignore[list-item, return-value]
+    if isinstance(prompts, bytes) or isinstance(prompts[0], numbers.Integral):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]

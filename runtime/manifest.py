@@ -60,6 +60,14 @@ class FileRecord(Record):
     sha256: str
 
 
+Layout = Literal["plain", "transposed", "fp8", "fp8_transposed", "fp8_scale"]
+"""How a constant lies beside the checkpoint's tensor; `runtime.unpack` undoes each.
+
+plain: as it is; transposed: [K, N] stored as [N, K]; fp8: E4M3 codes whose scale of each row is the constant of layout
+fp8_scale whose name ends in `_scale` instead of `_fp8`; fp8_transposed: codes of the transposed tensor.
+"""
+
+
 class ConstantRecord(Record):
     """Where a program constant lies: the tensor of this name in this safetensors file."""
 
@@ -67,6 +75,7 @@ class ConstantRecord(Record):
     dtype: str
     shape: tuple[int, ...]
     source: str = Field(description="name of the checkpoint's tensor it was made from")
+    layout: Layout = Field(description="how it lies beside that tensor")
 
 
 class PassRecord(Record):
@@ -105,7 +114,7 @@ class ModelRecord(Record):
     model_type: str
     architecture: str
     adapter: str | None
-    parameters: int
+    parameters: Annotated[int, Field(ge=1)]
     dtype: str
     vocab_size: int
     max_model_len: int
@@ -143,6 +152,7 @@ class Manifest(Record):
     identity: str = Field(
         description="sha256 over everything that decides the tokens; equal inputs give equal identities"
     )
+    checksum: str = Field(description="sha256 over this manifest without this field; see `checksum_of`")
     created_by: Versions
     target: str
     backend: Literal["inductor", "eager"]
@@ -165,7 +175,7 @@ class Manifest(Record):
 
 def identity_of(manifest: Manifest) -> str:
     """sha256 over the parts of `manifest` that decide the tokens: not timings, not its own field, not native code."""
-    content = manifest.model_dump(mode="json", exclude={"identity", "native", "files", "stages"})
+    content = manifest.model_dump(mode="json", exclude={"identity", "checksum", "native", "files", "stages"})
     for record in content["passes"]:
         del record["seconds"], record["max_error"]  # measurements
     for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
@@ -176,6 +186,12 @@ def identity_of(manifest: Manifest) -> str:
         if not name.startswith(("code/", "report"))
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checksum_of(manifest: Manifest) -> str:
+    """sha256 over the canonical JSON (sorted keys, no spaces) of all of `manifest` but its own field."""
+    content = manifest.model_dump(mode="json", exclude={"checksum"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def schema_json() -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import keyword
 import math
-import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,47 +26,11 @@ from torch import Tensor, fx
 
 from ..errors import ArtifactError
 from . import ops as _ops
+from .vocabulary import SIZE_FUNCTIONS, is_known_op
 
 PROGRAM_VERSION = 1
 
-SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "getitem": operator.getitem,
-    "size.add": operator.add,
-    "size.sub": operator.sub,
-    "size.mul": operator.mul,
-    "size.floordiv": operator.floordiv,
-    "size.mod": operator.mod,
-    "size.neg": operator.neg,
-    "size.eq": operator.eq,
-    "size.ne": operator.ne,
-    "size.lt": operator.lt,
-    "size.le": operator.le,
-    "size.gt": operator.gt,
-    "size.ge": operator.ge,
-    "size.max": torch.sym_max,
-    "size.min": torch.sym_min,
-    "size.int": torch.sym_int,
-    "size.float": torch.sym_float,
-    "size.ite": torch.sym_ite,
-}
 _SIZE_NAMES = {function: name for name, function in SIZE_FUNCTIONS.items()}
-
-# Functional by schema, and giving tensors, yet reaching outside their arguments.
-_DENIED_ATEN = {"from_file"}
-
-
-def is_known_op(op: torch._ops.OpOverload) -> bool:
-    """Whether a program may call `op`: an optc op, or an ATen op that changes nothing and gives tensors or a size.
-
-    The last part keeps out what TorchScript adds to ATen, such as aten::save, which writes files, and aten::warn.
-    """
-    if op.namespace == "optc":
-        return True
-    schema = op._schema
-    name = schema.name.split("::")[1]
-    if op.namespace != "aten" or schema.is_mutable or name in _DENIED_ATEN or not schema.returns:
-        return False
-    return name.startswith("sym_") or all(str(value.type) in ("Tensor", "List[Tensor]") for value in schema.returns)
 
 
 def op_name(target: Any) -> str:

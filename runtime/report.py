@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from .manifest import KVCacheSpec, Manifest
@@ -37,34 +38,49 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def _plain(text: str) -> str:
+    """Text of a manifest as it is: no markup, and no control characters for the terminal."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*map(_plain, cells))
+
+
 def _summary(manifest: Manifest) -> Table:
     model, memory = manifest.model, manifest.memory
-    table = Table(title=f"{model.source}", show_header=False, title_justify="left")
-    table.add_row("model", f"{model.architecture} ({model.model_type}), {model.parameters:,} parameters, {model.dtype}")
-    table.add_row("context", f"{model.max_model_len:,} tokens; vocabulary {model.vocab_size:,}")
-    table.add_row("target", f"{manifest.target}, backend {manifest.backend}")
+    table = Table(title=_plain(model.source), show_header=False, title_justify="left")
+    _add_row(
+        table, "model", f"{model.architecture} ({model.model_type}), {model.parameters:,} parameters, {model.dtype}"
+    )
+    _add_row(table, "context", f"{model.max_model_len:,} tokens; vocabulary {model.vocab_size:,}")
+    _add_row(table, "target", f"{manifest.target}, backend {manifest.backend}")
     for code in manifest.native:
         state = "ready" if code.status == "ready" else f"pending: {code.reason}"
-        table.add_row("native code", f"{code.target}: {state}")
-    table.add_row(
+        _add_row(table, "native code", f"{code.target}: {state}")
+    _add_row(
+        table,
         "weights",
-        f"{format_bytes(memory.weight_bytes)}, {8 * memory.weight_bytes / model.parameters:.2f} bits a parameter",
+        f"{format_bytes(memory.weight_bytes)}, {8 * memory.weight_bytes / max(1, model.parameters):.2f} bits a parameter",
     )
-    table.add_row(
-        "KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, blocks of {manifest.block_size} tokens"
+    _add_row(
+        table, "KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, blocks of {manifest.block_size} tokens"
     )
     if memory.decode_floor_ms is not None:
-        table.add_row(
-            "decode floor", f"{memory.decode_floor_ms:.2f} ms a token for one sequence (weights / memory bandwidth)"
+        _add_row(
+            table,
+            "decode floor",
+            f"{memory.decode_floor_ms:.2f} ms a token for one sequence (weights / memory bandwidth)",
         )
-    table.add_row("tokenizer", "yes" if manifest.tokenizer else "none; takes token ids")
+    _add_row(table, "tokenizer", "yes" if manifest.tokenizer else "none; takes token ids")
     for note in model.notes:
-        table.add_row("note", note)
-    table.add_row(
+        _add_row(table, "note", note)
+    _add_row(
+        table,
         "made by",
         f"optc {manifest.created_by.optc}, torch {manifest.created_by.torch}, transformers {manifest.created_by.transformers}",
     )
-    table.add_row("identity", manifest.identity)
+    _add_row(table, "identity", manifest.identity)
     return table
 
 
@@ -79,8 +95,8 @@ def _kv_cache(manifest: Manifest) -> Table:
             runs.append((spec.layer, spec))
     for first, spec in runs:
         layers = str(first) if first == spec.layer else f"{first}-{spec.layer}"
-        table.add_row(
-            layers, str(spec.kv_heads), str(spec.k_dim), str(spec.v_dim), str(spec.window or "all"), spec.dtype
+        _add_row(
+            table, layers, str(spec.kv_heads), str(spec.k_dim), str(spec.v_dim), str(spec.window or "all"), spec.dtype
         )
     return table
 
@@ -90,8 +106,8 @@ def _passes(manifest: Manifest) -> Table:
     for record in manifest.passes:
         error = "not checked" if record.max_error is None else f"{record.max_error:.1e}"
         declined = "\n".join(record.declined) or "-"
-        table.add_row(
-            record.name, str(record.matches), declined, f"{record.node_delta:+d}", error, f"{record.seconds:.2f}"
+        _add_row(
+            table, record.name, str(record.matches), declined, f"{record.node_delta:+d}", error, f"{record.seconds:.2f}"
         )
     return table
 
@@ -99,13 +115,13 @@ def _passes(manifest: Manifest) -> Table:
 def _stages(manifest: Manifest) -> Table:
     table = Table("stage", "seconds", title="Compilation", title_justify="left")
     for name, seconds in manifest.stages.items():
-        table.add_row(name, f"{seconds:.1f}")
-    table.add_row("total", f"{sum(manifest.stages.values()):.1f}")
+        _add_row(table, name, f"{seconds:.1f}")
+    _add_row(table, "total", f"{sum(manifest.stages.values()):.1f}")
     return table
 
 
 def _files(manifest: Manifest) -> Table:
     table = Table("file", "size", "sha256", title="Files", title_justify="left")
     for name, record in manifest.files.items():
-        table.add_row(name, format_bytes(record.size), record.sha256[:16])
+        _add_row(table, name, format_bytes(record.size), record.sha256[:16])
     return table

@@ -10,7 +10,7 @@ from .params import SamplingParams
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass
+@dataclass(eq=False)  # a request is itself alone; comparing tokens would be slow and wrong
 class Request:
     """One sequence.
 
@@ -34,6 +34,10 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:

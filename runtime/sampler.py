@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ..errors import ExecutionError
 from .request import Request
 
 _COLDEST = 1e-6  # a temperature that divides logits without leaving the range of float32
@@ -16,21 +17,32 @@ def sample(logits: Tensor, requests: list[Request]) -> list[int]:
     """Choose the next token of each request and note the log-probabilities that were asked for.
 
     Args:
-        logits: f32[L, V], one row a request; changed in place.
+        logits: f32[L, V], one row a request.
         requests: L of them.
 
     Returns:
         L token ids. Row i depends on logits row i, the request's parameters, seed and length, and on nothing else.
+
+    Raises:
+        ExecutionError: a row holds NaN, or nothing finite; no request was changed.
     """
-    greedy = logits.argmax(dim=-1).tolist()
-    tokens = []
+    largest, best = logits.max(dim=-1)
+    if not bool(torch.isfinite(largest).all()):
+        raise ExecutionError(
+            "the model gave logits that are not finite (a float16 model may overflow: compile with --dtype bfloat16)"
+        )
+    greedy = best.tolist()
+    tokens: list[int] = []
+    reports: list[tuple[Request, dict[int, float]]] = []
     for row, request in enumerate(requests):
         params = request.params
         reported = torch.log_softmax(logits[row], dim=-1) if params.logprobs is not None else None
         token = greedy[row] if params.temperature == 0 else _draw(logits[row], request)
         if reported is not None:
-            request.logprobs.append(_top_logprobs(reported, token, params.logprobs or 0))
+            reports.append((request, _top_logprobs(reported, token, params.logprobs or 0)))
         tokens.append(token)
+    for request, report in reports:
+        request.logprobs.append(report)
     return tokens
 
 
@@ -49,7 +61,8 @@ def _draw(logits: Tensor, request: Request) -> int:
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Zero all but the fewest most likely tokens whose probabilities reach `top_p`."""
-    values, order = probabilities.sort(descending=True)
+    # Only what top-k left can be in it; sorting a whole vocabulary costs milliseconds.
+    values, order = probabilities.topk(int((probabilities > 0).sum()))
     before = values.cumsum(dim=-1) - values
     return torch.zeros_like(probabilities).scatter_(0, order, values.masked_fill(before >= top_p, 0.0))
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import optc
 from optc.runtime.artifact import file_sha256
-from optc.runtime.manifest import Manifest, identity_of
+from optc.runtime.manifest import Manifest, checksum_of, identity_of
 
 settings.register_profile("optc", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("optc")
@@ -135,7 +135,7 @@ def editable_native(native_artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def edit_manifest() -> Callable[..., None]:
-    """Rewrites the manifest and makes sizes, digests and identity right again."""
+    """Rewrites the manifest and makes sizes, digests, identity and checksum right again."""
 
     def edit(folder: Path, change: Callable[[dict[str, Any]], None] = lambda content: None) -> None:
         path = folder / "manifest.json"
@@ -145,6 +145,7 @@ def edit_manifest() -> Callable[..., None]:
                 record |= {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         change(content)
         content["identity"] = identity_of(Manifest.model_validate(content))
+        content["checksum"] = checksum_of(Manifest.model_validate(content))
         _write_json(path, content)
 
     return edit

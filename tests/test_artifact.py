@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -21,6 +22,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 import optc
 from optc.errors import ArtifactError, OptcError, UsageError
@@ -28,6 +30,7 @@ from optc.optimizer import package
 from optc.optimizer.package import writing
 from optc.runtime import LLM
 from optc.runtime.artifact import open_artifact, read_manifest
+from optc.runtime.manifest import Manifest, checksum_of
 
 Edit = Callable[..., None]
 PROMPTS = [[7], [9, 8, 7], [100, 200, 5, 5]]
@@ -46,9 +49,12 @@ def files_of(folder: Path) -> list[str]:
 
 
 def change(folder: Path, **fields: Any) -> None:
-    """Overwrite fields of the manifest, right or wrong."""
+    """Overwrite fields of the manifest, right or wrong, under a checksum that is right if the schema is."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    content = json.loads(path.read_text()) | fields
+    with contextlib.suppress(ValidationError):
+        content["checksum"] = checksum_of(Manifest.model_validate(content))
+    path.write_text(json.dumps(content))
 
 
 # ------------------------------------------------------------------------------------------------- damaged files
@@ -78,6 +84,32 @@ def test_a_flipped_bit(name: str, at: float, editable_native: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=rf"{name}.*sha256.*damaged"):
         open_artifact(editable_native)
+
+
+def test_a_flipped_bit_of_the_manifest(editable: Path) -> None:
+    """Anywhere: in a brace, a name, a digit or a space. Only a change that leaves every value as it was is none."""
+    path = editable / "manifest.json"
+    good = path.read_bytes()
+    for at in {0, len(good) - 1, *range(0, len(good), 23)}:
+        bad = bytearray(good)
+        bad[at] ^= 1
+        path.write_bytes(bad)
+        try:
+            open_artifact(editable)
+        except ArtifactError as error:
+            assert "manifest.json" in str(error)
+        else:
+            assert json.loads(bad) == json.loads(good), at
+
+
+def test_a_changed_manifest(editable: Path) -> None:
+    path = editable / "manifest.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"eos_token_ids": [7]}))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json: .*{good['checksum'][:16]}.*damaged, copy the artifact"):
+        read_manifest(editable)
+    path.write_text(json.dumps(good, indent=4, sort_keys=True))
+    assert read_manifest(editable).checksum == good["checksum"]
 
 
 @pytest.mark.parametrize("name", NATIVE_FILES)
@@ -151,11 +183,15 @@ def test_fields_of_the_manifest(editable: Path) -> None:
         with pytest.raises(ArtifactError, match=rf"manifest\.json: .*{name}.*compile|schema version"):
             open_artifact(editable)
         for wrong in (None, 3.5, "x", [[]], {"x": {}}):
+            if wrong == good[name]:
+                continue
             path.write_text(json.dumps(good | {name: wrong}))
             try:
                 read_manifest(editable)
             except ArtifactError as error:
-                assert name in str(error) or "schema version" in str(error)
+                assert name in str(error) or "schema version" in str(error) or "the checksum" in str(error)
+            else:
+                pytest.fail(f"{name}: {wrong!r} was read")
     path.write_text(json.dumps(good | {"surprise": 1}))
     with pytest.raises(ArtifactError, match="surprise"):
         open_artifact(editable)
@@ -674,10 +710,40 @@ def test_a_killed_compile_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     assert left_in(output) == ["whole"]
 
 
-def test_a_compile_killed_while_it_replaced_is_cleaned_up(
-    editable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the two renames: the next one puts an artifact there and leaves nothing else."""
+def test_a_compile_killed_while_it_replaced_loses_nothing(editable: Path, tmp_path: Path) -> None:
+    """Killed between the two renames: the old artifact comes back first, and nothing else is left."""
+    whole = files_of(editable)
+    kill_between_the_renames(editable)
+    assert not editable.exists()
+    with pytest.raises(UsageError, match="exists"):
+        package.check_output(editable, force=False)
+    assert files_of(editable) == whole
+
+    kill_between_the_renames(editable)
+    with pytest.raises(RuntimeError), writing(editable, force=True):
+        raise RuntimeError
+    assert left_in(tmp_path) == ["copy.optc"]
+    open_artifact(editable)
+
+    kill_between_the_renames(editable)
+    with writing(editable, force=True) as folder:
+        (folder / "whole").touch()
+    assert left_in(tmp_path) == ["copy.optc"]
+    assert left_in(editable) == ["whole"]
+
+
+def test_an_old_artifact_is_kept_until_another_stands(editable: Path, tmp_path: Path) -> None:
+    """Something else took its place meanwhile: then it is not deleted."""
+    kill_between_the_renames(editable)
+    editable.mkdir()
+    with pytest.raises(RuntimeError), writing(editable, force=True):
+        raise RuntimeError
+    (old,) = tmp_path.glob(".copy.optc.*.old")
+    open_artifact(old)
+
+
+def kill_between_the_renames(output: Path) -> None:
+    """Run a --force compile in a child that dies when it has moved the old artifact away."""
     real = Path.rename
 
     def rename_then_die(self: Path, target: Path) -> Path:
@@ -689,15 +755,12 @@ def test_a_compile_killed_while_it_replaced_is_cleaned_up(
     if child == 0:
         try:
             Path.rename = rename_then_die  # type: ignore[assignment, method-assign]
-            with writing(editable, force=True) as folder:
+            with writing(output, force=True) as folder:
                 (folder / "new").touch()
         finally:
             os._exit(1)
-    os.waitpid(child, 0)
-    with writing(editable, force=True) as folder:
-        (folder / "whole").touch()
-    assert left_in(tmp_path) == ["copy.optc"]
-    assert left_in(editable) == ["whole"]
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_a_process_with_the_same_number_is_no_obstacle(tmp_path: Path) -> None:

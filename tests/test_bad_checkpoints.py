@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -141,6 +142,16 @@ BROKEN: dict[str, tuple[Break, type[OptcError], str]] = {
         r"is \[320, 64\], the config makes it \[321, 64\]",
     ),
     "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), CheckpointError, "lacks 9 weights"),
+    "a bias without a place": (
+        lambda f: edit_weights(f, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})),
+        CheckpointError,
+        r"holds 1 weights the model has no place for, among them model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "fewer layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1),
+        CheckpointError,
+        r"holds 9 weights the model has no place for, among them model\.layers\.1\.",
+    ),
     "generation not JSON": (
         lambda f: (f / "generation_config.json").write_text("{"),
         CheckpointError,
@@ -177,14 +188,48 @@ def test_broken_checkpoints(case: str, editable_checkpoint: Path, tmp_path: Path
         refused(editable_checkpoint, tmp_path, kind, said)
 
 
+def test_computed_buffers_are_no_weights(editable_checkpoint: Path, artifact: Path, tmp_path: Path, capfd: Any) -> None:
+    """As old checkpoints hold them. Nothing is printed, though transformers would report them."""
+    names = ("rotary_emb.inv_freq", "self_attn.masked_bias", "attn.bias")
+    buffers = {f"model.layers.0.{name}": torch.ones(8) for name in names}
+    edit_weights(editable_checkpoint, lambda weights: weights.update(buffers))
+    output = optc.compile(editable_checkpoint, tmp_path / "out.optc", backend="eager", block_size=16)
+    assert (output / "weights.safetensors").read_bytes() == (artifact / "weights.safetensors").read_bytes()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("model", ["nosuchmodel", "owner/model", "owner/model-1.5_b"])
+def test_hub_ids(model: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an owner or without; weights that are there twice are fetched once."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        files = ["config.json", "model.safetensors", "consolidated.00.safetensors", "original/params.json"]
+        asked.append((name, list(huggingface_hub.utils.filter_repo_objects(files, **patterns))))
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    optc.compile(model, tmp_path / "out.optc", backend="eager", verify=False)
+    assert asked == [(model, ["config.json", "model.safetensors"])]
+
+    def fail(name: str, **patterns: list[str]) -> str:
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    refused(model, tmp_path, CheckpointError, rf"{model}: no such local folder, and the hub gave .*: no network")
+
+
 @pytest.mark.parametrize("model", ["no/such/folder", "./nothing", "/nonexistent/model", "", "~"])
 def test_paths_of_nothing(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(model, tmp_path, CheckpointError, "no such|no config")
 
 
-def test_a_file_instead_of_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(checkpoint / WEIGHTS, tmp_path, CheckpointError, "no such folder")
+    monkeypatch.chdir(checkpoint)
+    refused(WEIGHTS, tmp_path, CheckpointError, "no such folder")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +328,23 @@ ADAPTERS: dict[str, tuple[Break, str]] = {
         "q_proj",
     ),
     "alpha is no number": (lambda f: edit_json(f / CONFIG, lora_alpha="x"), "adapter"),
+    "alpha for no pattern": (
+        lambda f: edit_json(f / CONFIG, alpha_pattern={"q_proj(": 4}),
+        r"alpha_pattern 'q_proj\(' is not a regular expression",
+    ),
+    "PiSSA": (lambda f: edit_json(f / CONFIG, init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4'"),
+    "OLoRA": (lambda f: edit_json(f / CONFIG, init_lora_weights="olora"), "init_lora_weights 'olora'"),
+    "CorDA": (lambda f: edit_json(f / CONFIG, init_lora_weights="corda"), "init_lora_weights 'corda'"),
+    "activated": (lambda f: edit_json(f / CONFIG, alora_invocation_tokens=[5]), "alora_invocation_tokens"),
 }
+
+
+def test_an_adapter_is_refused_before_the_weights_are_loaded(
+    checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optc.optimizer.checkpoint._load_model", None)
+    edit_json(adapter / CONFIG, use_dora=True)
+    refused(checkpoint, tmp_path, CheckpointError, "no DoRA", adapter=adapter)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -303,6 +364,11 @@ def test_the_adapter_is_merged(checkpoint: Path, adapter: Path, artifact: Path, 
     before, after = LLM(artifact).engine.executor.constants, LLM(merged).engine.executor.constants
     expected = before[name] + 8 / 4 * (torch.full((64, 4), 0.01) @ torch.full((4, 64), 0.01))
     torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-7)
+
+    # PEFT's default for lora_alpha is 8 as well.
+    edit_json(adapter / CONFIG, lora_alpha=...)
+    merged = optc.compile(checkpoint, tmp_path / "default.optc", backend="eager", block_size=16, adapter=adapter)
+    assert torch.equal(LLM(merged).engine.executor.constants[name], after[name])
     assert all(torch.equal(after[other], before[other]) for other in before if other != name)
 
 

@@ -376,6 +376,46 @@ def test_a_module_needs_example_inputs(tmp_path: Path) -> None:
         optc.compile(Plain(), tmp_path / "a.optc", backend="eager")
 
 
+@pytest.mark.parametrize("length", [-3, 0, 1])
+def test_a_module_needs_room_for_two_tokens(length: int, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"max_model_len {length}: expected at least 2"):
+        optc.compile(Plain(), tmp_path / "a.optc", backend="eager", example_inputs=EXAMPLE, max_model_len=length)
+
+
+@pytest.mark.parametrize("length", [None, MAX_LEN + 1])
+def test_a_module_whose_positions_end_before_its_length(length: int | None, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=rf"max_model_len {length or 2048}: Plain fails at position {(length or 2048) - 1}"
+    ):
+        optc.compile(Plain(), tmp_path / "a.optc", backend="eager", example_inputs=EXAMPLE, max_model_len=length)
+
+
+def test_a_module_without_parameters(tmp_path: Path) -> None:
+    """All weights are buffers, one without dimensions."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.register_buffer("table", torch.randn(VOCAB_SIZE, 32, generator=generator).bfloat16())
+            self.register_buffer("gain", torch.tensor(2.0, dtype=torch.bfloat16))
+            self.register_buffer("steps", torch.tensor(3))
+
+        def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+            x = nn.functional.embedding(input_ids, self.table) + positions[..., None] * 0.01
+            heads = x.to(self.table.dtype).unflatten(-1, (2, 16)).transpose(1, 2)
+            out = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+            return nn.functional.linear(out.transpose(1, 2).flatten(2) * self.gain, self.table)
+
+    module = Frozen()
+    options: dict[str, Any] = {"backend": "eager", "example_inputs": EXAMPLE, "max_model_len": 64}
+    first = LLM(optc.compile(module, tmp_path / "a.optc", **options), kv_cache_memory=2**22).manifest.model
+    assert (first.dtype, first.parameters) == ("bfloat16", VOCAB_SIZE * 32 + 1)
+    module.gain.fill_(3)
+    second = LLM(optc.compile(module, tmp_path / "b.optc", **options), kv_cache_memory=2**22).manifest.model
+    assert second.source_sha256 != first.source_sha256
+
+
 # LoRA
 
 LINEAR = ["q_proj", "down_proj"]

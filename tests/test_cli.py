@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
 from optc.cli import main
@@ -109,6 +113,8 @@ def test_compile_errors(checkpoint: Path, tmp_path: Path, artifact: Path) -> Non
     failed(run("compile", checkpoint, "-o", output, "--fp8"), 2, "native", "h100")
     failed(run("compile", checkpoint, "-o", output, "--max-model-len", 9999), 2, "9999", "256")
     failed(run("compile", checkpoint, "-o", artifact, "--backend", "eager"), 2, "exists", "--force")
+    (tmp_path / "file").write_text("")
+    failed(run("compile", checkpoint, "-o", output, "--dump", tmp_path / "file"), 1, "file")
     assert not output.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -121,12 +127,32 @@ def test_usage_errors_are_clicks_own(checkpoint: Path) -> None:
 def test_run_errors(artifact: Path, tmp_path: Path) -> None:
     failed(run("run", tmp_path / "none.optc", "-p", "x"), 1, "no such artifact")
     failed(run("run", artifact), 2, "-p")
-    failed(run("run", artifact, "-p", "x", "--token-ids", "1"), 2, "not both")
+    failed(run("run", artifact, "-p", "x", "--token-ids", "1"), 2, "--token-ids")
+    failed(run("run", artifact, "--chat", "--token-ids", "1"), 2, "--chat")
+    failed(run("run", "x" * 300, "-p", "x"), 1, "too long")
+    bad_text = CliRunner().invoke(main, ["run", str(artifact), "-p", "-"], input=b"a\xff")
+    failed(bad_text, 2, "not UTF-8", "0xff")
     failed(run("run", artifact, "--token-ids", "1,x"), 2, "1,x")
     failed(run("run", artifact, "--token-ids", "1,99999"), 1, "99999")
     failed(run("run", artifact, "-p", ""), 1, "empty prompt")
     failed(run("run", artifact, "-p", "word " * 400), 1, "256")
     failed(run("run", artifact, "-p", "x", "--temperature", "-1"), 1, "temperature")
+
+
+def test_output_name_and_odd_manifests(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit_manifest: Callable[..., None]
+) -> None:
+    monkeypatch.chdir(shutil.copytree(checkpoint, tmp_path / "my-model"))
+    assert run("compile", ".", "--backend", "eager", "-q").exit_code == 0
+    output = tmp_path / "my-model" / "my-model.optc"
+    assert output.is_dir()
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["source"] = "x[/b]\x1b[31m"
+
+    edit_manifest(output, change)
+    shown = run("inspect", output)
+    assert shown.exit_code == 0 and "x[/b]" in shown.stdout and "\x1b" not in shown.stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optc.errors import OptcError, RequestError, UsageError
+from optc.errors import ExecutionError, OptcError, RequestError, UsageError
 from optc.runtime import LLM, SamplingParams
 from optc.runtime.artifact import open_artifact
 from optc.runtime.engine import Engine, EngineConfig
@@ -405,3 +409,68 @@ def test_an_interrupted_call_frees_its_blocks(llm: LLM, monkeypatch: pytest.Monk
         llm.generate(["Hello", "you"], max_tokens=50, ignore_eos=True)
     check(llm.engine, [])
     assert len(llm.generate("Hello", max_tokens=5, ignore_eos=True)[0].token_ids) == 5
+
+
+def test_streams_and_generate_may_take_turns(artifact: Path) -> None:
+    llm = LLM(artifact)
+    texts = ["The quick brown", "Où est la"]
+    expected = [result.text for result in llm.generate(texts, max_tokens=24)]
+    streams = [llm.stream(text, max_tokens=24) for text in texts]
+    pieces: list[list[str]] = [[next(stream)] for stream in streams]
+    llm.generate("another one", max_tokens=10)
+    for parts, rest in itertools.zip_longest(*streams):
+        pieces[0].append(parts or "")
+        pieces[1].append(rest or "")
+    assert ["".join(parts) for parts in pieces] == expected
+    assert not llm.engine.has_work() and llm.engine.pool.num_free == llm.engine.pool.num_blocks
+
+
+def test_a_stream_that_is_never_read_leaves_nothing(artifact: Path) -> None:
+    llm = LLM(artifact)
+    llm.stream("The quick", max_tokens=4)
+    assert not llm.engine.has_work()
+    with pytest.raises(RequestError):
+        llm.stream("word " * 400)
+
+
+def test_threads_share_an_engine(artifact: Path) -> None:
+    llm = LLM(artifact)
+    prompts = [[5, 6, 7 + i] for i in range(6)]
+    expected = [llm.generate([prompt], max_tokens=12)[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda prompt: llm.generate([prompt], max_tokens=12)[0].token_ids, prompts))
+    assert found == expected
+
+
+def test_a_step_that_fails_is_due_again(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(artifact)
+    expected = llm.generate([[5, 6, 7]], max_tokens=6)[0].token_ids
+    request = llm.engine.add([5, 6, 7], SamplingParams(max_tokens=6))
+    llm.engine.step()
+    run = llm.engine.executor.run
+    monkeypatch.setattr(llm.engine.executor, "run", lambda inputs: torch.full_like(run(inputs), float("nan")))
+    with pytest.raises(ExecutionError, match="not finite"):
+        llm.engine.step()
+    monkeypatch.undo()
+    while request.finish_reason is None:
+        llm.engine.step()
+    assert request.output_token_ids == expected
+
+
+@pytest.mark.parametrize("prompt", [b"abc", [np.int64(5), 6], 7])
+def test_odd_prompts(prompt: Any, artifact: Path) -> None:
+    llm = LLM(artifact)
+    if isinstance(prompt, list):
+        assert llm.generate(prompt, max_tokens=2) == llm.generate([5, 6], max_tokens=2)
+    else:
+        with pytest.raises(RequestError):
+            llm.generate(prompt, max_tokens=2)
+
+
+def test_a_step_may_hold_more_tokens_than_a_sequence(native_artifact: Path, artifact: Path) -> None:
+    """40 prompts of 12 tokens run in one step of 480; a sequence ends at 256."""
+    prompts = [[3 + (7 * i + j) % 300 for j in range(12)] for i in range(40)]
+    native, portable = LLM(native_artifact), LLM(artifact)
+    assert native.manifest.model.max_model_len < 40 * 12
+    found = [result.token_ids for result in native.generate(prompts, max_tokens=4)]
+    assert found == [result.token_ids for result in portable.generate(prompts, max_tokens=4)]

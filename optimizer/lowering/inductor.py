@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def compile_step(program: Program, target: Target, path: Path) -> tuple[str, ...
             exported = _export(program)
             options = {
                 "aot_inductor.package_constants_in_so": False,
-                "cpp.march": _MARCH.get(target.isa),
+                "cpp.march": _MARCH[target.isa] if platform.machine().lower() in ("x86_64", "amd64") else None,
                 "cpp.dynamic_threads": True,  # the machine that runs the code has another number of cores
             }
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
