@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 # Of different kinds: GQA; soft caps, windows, scaled norms; MoE with sinks, biases and yarn; then learned positions and
 # Conv1D; parallel residual, multi-query; latent attention with K dim != V dim; multipliers; MoE with QK-norm.
 NATIVE = ["qwen2", "gemma2", "gpt_oss", "gpt2", "falcon", "cohere", "deepseek_v3", "granite", "qwen3_moe", "phi"]
-NATIVE_BY_DEFAULT = 3
+NATIVE_BY_DEFAULT = 6
 
 LENGTHS = (13, 3, 21, 1, 9)
 
