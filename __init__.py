@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .optimizer.compile import compile
     from .runtime import LLM, GenerationResult, SamplingParams
+
+# A step runs hundreds of short parallel regions. With OpenMP's default, threads spin at the end of each, and a second
+# busy process on the machine makes a step up to a hundred times slower. It is read once, when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "GenerationResult", "SamplingParams", "__version__", "compile"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,6 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .params import SamplingParams
     from .request import GenerationResult
-
-# A step runs hundreds of short parallel regions. With OpenMP's default, threads spin at the end of each, and a second
-# busy process on the machine makes a step up to a hundred times slower. It is read once, when torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = ["LLM", "GenerationResult", "SamplingParams"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -137,3 +138,13 @@ def test_the_face() -> None:
         assert getattr(optc, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = optc.nothing
+
+
+def test_openmp_threads_wait_passively_unless_told_otherwise() -> None:
+    code = "import os, optc; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected
