@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, fx, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UnsupportedModelError
@@ -70,6 +70,7 @@ def capture(model: PreTrainedModel, max_model_len: int) -> tuple[Program, list[s
     if not input_node(program, "positions").users:
         raise UnsupportedModelError(_no_positions(model))
     check_token_flow(program, _who(model))
+    _check_windows(model, program, max_model_len)
     if not model._can_set_attn_implementation():
         notes.append(
             f"{type(model).__name__} bypasses transformers' attention interface; captured at scaled_dot_product_attention"
@@ -249,6 +250,24 @@ def _check_layers(model: PreTrainedModel, recorder: Recorder, nodes: int) -> Non
         f"{_who(model)} has {expected} attention layers, of which {nodes} went through transformers' attention "
         f"interface; bypassed by: {names or 'none by name'}. {_way_out(model)}"
     )
+
+
+def _check_windows(model: PreTrainedModel, program: Program, max_model_len: int) -> None:
+    """Refuse a model that transformers generates from with a sliding cache and attends in with unlimited masks.
+
+    Its `generate` and its forward pass then disagree on long texts, and there is no telling which one is meant.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if not isinstance(window, int) or window >= max_model_len:
+        return
+    attends = [
+        node.args[4] for node in program.graph.find_nodes(op="call_function", target=torch.ops.optc.attention.default)
+    ]
+    if any(DynamicCache(config=model.config).is_sliding) and not any(attends):
+        raise UnsupportedModelError(
+            f"{_who(model)}: the config names a sliding window of {window}, which transformers' cache applies and the model's masks "
+            f"do not; remove sliding_window from the config, or give --max-model-len {window}"
+        )
 
 
 def _expected_layers(config: PreTrainedConfig) -> int:

@@ -220,3 +220,12 @@ def test_a_refusal_changes_nothing(tmp_path: Path) -> None:
         optc.compile(bad, output, backend="eager", force=True)
     assert (output / "manifest.json").read_bytes() == before
     shutil.rmtree(output)
+
+
+def test_a_window_that_only_the_cache_applies(tmp_path: Path) -> None:
+    """Llama's masks know no window; with one in its config, transformers' cache forgets tokens that its masks show."""
+    folder = save_model("llama", tmp_path / "llama", sliding_window=8)
+    with pytest.raises(UnsupportedModelError, match=r"sliding window of 8.*--max-model-len 8"):
+        optc.compile(folder, tmp_path / "out.optc", backend="eager")
+    output = optc.compile(folder, tmp_path / "short.optc", backend="eager", max_model_len=8)
+    assert LLM(output).manifest.kv_cache[0].window == 0
