@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/optc compile examples/tiny-llama -o build/tiny.optc --force
-	$(BIN)/optc run build/tiny.optc -p "def read_lines(path):" -n 96
+	$(BIN)/optc run build/tiny.optc -p "def read_lines(path):" -n 96 --temperature 0.7 --top-p 0.9 --seed 7
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
