@@ -1,6 +1,6 @@
 """Programs as JSON: a flat list of calls to a closed vocabulary of ops, and back to a callable graph.
 
-A program file is data. It can name weights, ATen ops without side effects, optc's own ops and integer arithmetic on
+A program file is data. It can name weights, the ops of `vocabulary.py` and integer arithmetic on
 sizes, and nothing else: reading one runs no code from it (no pickle, and the names in it never reach generated code).
 
     {"version": 1,

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from optc.cli import main
 from optc.runtime import LLM
+from optc.runtime.ops.kernels import supports
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:
@@ -137,6 +138,37 @@ def test_run_errors(artifact: Path, tmp_path: Path) -> None:
     failed(run("run", artifact, "-p", ""), 1, "empty prompt")
     failed(run("run", artifact, "-p", "word " * 400), 1, "256")
     failed(run("run", artifact, "-p", "x", "--temperature", "-1"), 1, "temperature")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cpu-generic", "cpu-avx2", "cpu-avx512"])
+def test_code_for_each_instruction_set(target: str, checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
+    """In a process of its own each, since the first kernels of a process stay."""
+    output = tmp_path / "out.optc"
+    assert run("compile", checkpoint, "-o", output, "--target", target, "-q").exit_code == 0
+    command = [
+        sys.executable,
+        "-m",
+        "optc.cli",
+        "run",
+        str(output),
+        "-p",
+        "The quick",
+        "-n",
+        "12",
+        "--temperature",
+        "0",
+        "-q",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (code,) = json.loads(run("inspect", output, "--json").stdout)["native"]
+    needed = set(code["cpu_features"])
+    assert ("avx2" in needed, "avx512f" in needed) == (target != "cpu-generic", target == "cpu-avx512")
+    assert not needed & {"avx512_vnni", "avx512_bf16", "amx_tile"}  # only what the named target has
+    if supports(target.removeprefix("cpu-")):
+        assert done.stdout == f"{LLM(artifact).generate('The quick', max_tokens=12)[0].text}\n"
+    else:
+        assert done.returncode == 1 and "this processor lacks" in done.stderr
 
 
 def test_output_name_and_odd_manifests(

@@ -8,6 +8,7 @@ instead of the reference implementations.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import threading
 from functools import cache
@@ -24,6 +25,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # What /proc/cpuinfo must list for each instruction set, best first: the x86-64-v4 and v3 levels of the x86 ABI.
 REQUIRED_FLAGS: dict[str, frozenset[str]] = {"avx512": _AVX512, "avx2": _AVX2, "generic": frozenset()}
 
+logger = logging.getLogger("optc")
 _lock = threading.Lock()
 _loaded_digest: str | None = None
 
@@ -58,8 +60,8 @@ def kernels_loaded() -> bool:
 def load_kernels(path: Path) -> None:
     """Register the kernels of the shared library at `path`.
 
-    An op has one kernel per device, so the first library of a process stays: later calls, with the same file or
-    another, change nothing. The path is still read, so that a missing file is never overlooked.
+    An op has one kernel per device, so the first library of a process stays: a later call with another file changes
+    nothing and logs a warning. The path is still read, so that a missing file is never overlooked.
 
     Raises:
         ArtifactError: the file cannot be read, or is not a library that this process can load.
@@ -71,6 +73,8 @@ def load_kernels(path: Path) -> None:
         raise ArtifactError(f"cannot read the kernels library {path}: {error.strerror}") from error
     with _lock:
         if _loaded_digest is not None:
+            if digest != _loaded_digest:
+                logger.warning("%s: this process has other kernels already and keeps them", path)
             return
         try:
             torch.ops.load_library(path)
