@@ -42,6 +42,13 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="ignore")
 
 
+def calibration_text(train: list[str], size: int = 500_000) -> str:
+    """Pieces of the training text, each from another file: what `optc compile` calibrates this model on by default."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    piece = 4_000
+    return "\n".join(train[i][:piece] for i in order)[:size]
+
+
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE that puts BOS before every text, as Llama's does."""
     bpe = Tokenizer(models.BPE())
@@ -137,7 +144,8 @@ that optc's demo, tests and benchmarks run on a real, trained model with no netw
 - **Data**: the source text of the Python standard library ({python}), {files} files, {train_tokens:,} tokens, without
   tests, encodings and generated tables. {held_files} files, chosen by the hash of their names, are held out; the first
   {held_bytes:,} bytes of their text are `heldout.txt`.
-- **Licence**: the data is under the Python Software Foundation License 2.0; so are the weights and `heldout.txt`.
+- **Calibration**: `calibration.txt` is the start of 125 files of the training split; `optc compile` takes it by default.
+- **Licence**: the data is under the Python Software Foundation License 2.0; so are the weights and both texts.
 - **Tokenizer**: byte-level BPE of {vocab}, trained on the training split.
 - **Training**: `python examples/train_tiny.py --steps {steps} --batch {batch} --seed {seed}`; {seen:,} tokens seen, bf16
   autocast, Muon + AdamW.
@@ -198,6 +206,7 @@ def main(out: Path, steps: int, batch: int, seed: int) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "heldout.txt").write_text(held_text, encoding="utf-8")
+    (out / "calibration.txt").write_text(calibration_text(train), encoding="utf-8")
     bos = tokenizer.convert_tokens_to_ids(BOS)
     ppl = perplexity(model, held_ids, bos)
     card = CARD.format(

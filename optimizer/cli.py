@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..runtime.manifest import PassRecord
@@ -27,9 +37,22 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
               help="Of the weights; auto is as stored.")  # fmt: skip
 @click.option("--adapter", type=click.Path(path_type=Path), help="PEFT LoRA adapter to merge.")
+@click.option("--int8", "preset", flag_value="int8", help="Quantize to INT8; the target decides the scheme.")
+@click.option("--int4", "preset", flag_value="int4", help="Quantize to INT4; the target decides the scheme.")
+@click.option("--fp8", "preset", flag_value="fp8", help="Quantize to FP8; the target decides the scheme.")
 @click.option(
-    "--fp8", is_flag=True, help="Store the weights of linear layers as FP8 E4M3; for targets with FP8 arithmetic."
+    "--scheme", metavar="NAME", help="Quantize to this scheme, such as w4a16-g128; see `optc targets --schemes`."
 )
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file that says what to quantize, and how.")
+@click.option("--algorithm", metavar="NAME", help="How codes are chosen: rtn, rtn-minmax, hqq, gptq, awq+gptq, ...")
+@click.option("--kv-cache", type=click.Choice(["int8", "fp8"]), help="Store keys and values in 8 bits.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|DIR",
+              help="Text to calibrate on: txt, jsonl or parquet.  [default: calibration.* in the checkpoint]")  # fmt: skip
+@click.option(
+    "--calibration-samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences to draw."
+)
+@click.option("--calibration-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option(
     "--block-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Tokens a KV-cache block holds."
 )
@@ -44,7 +67,15 @@ if TYPE_CHECKING:
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 def compile_command(
-    model: str, output: Path | None, quiet: bool, as_json: bool, no_verify: bool, **options: Any
+    model: str,
+    output: Path | None,
+    preset: str | None,
+    scheme: str | None,
+    recipe: Path | None,
+    quiet: bool,
+    as_json: bool,
+    no_verify: bool,
+    **options: Any,
 ) -> None:
     """Compile MODEL, a local folder in Hugging Face format or a hub id, into an artifact.
 
@@ -56,25 +87,40 @@ def compile_command(
       optc compile ./my-llama --target cpu-avx2 --dtype bfloat16 --dump graphs/
     """
     output = output or Path(f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}.optc")
+    asked = [given for given in (preset, scheme, recipe) if given is not None]
+    if len(asked) > 1:
+        raise UsageError("choose one of --int8, --int4, --fp8, --scheme and --recipe")
+    options["quantize"] = asked[0] if asked else None
     if dump := options["dump"]:
         dump.mkdir(parents=True, exist_ok=True)  # fails now, not after the model is loaded
     console = Console(stderr=True, quiet=quiet or as_json)
-    columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bars, console.capture() if console.quiet else _nothing():
         from .compile import Progress as Reports
         from .compile import compile as compile_model
 
+        running: list[TaskID] = []
+
         @contextmanager
         def show(stage: str) -> Iterator[None]:
-            task = bars.add_task(stage, total=None)
+            running.append(bars.add_task(stage, total=None))
             yield
-            bars.update(task, total=1, completed=1)
+            bars.update(running.pop(), total=1, completed=1)
+
+        def on_fraction(fraction: float) -> None:
+            bars.update(running[-1], total=1, completed=fraction)
 
         def on_pass(record: PassRecord) -> None:
             error = "" if record.max_error is None else f", max error {record.max_error:.1e}"
             bars.console.print(f"  {record.name}: {record.matches} rewrites, {len(record.declined)} declined{error}")
 
-        reports = Reports(show=show, on_pass=on_pass)
+        reports = Reports(show=show, on_fraction=on_fraction, on_pass=on_pass)
         compile_model(model, output, verify=not no_verify, progress=reports, **options)
     _report(output, quiet=quiet, as_json=as_json)
 
@@ -135,11 +181,13 @@ def passes_command(as_json: bool) -> None:
     Example:
       optc passes
     """
+    from ..passes.quantize.recipe import Recipe
     from .config import CompileConfig
     from .pipeline import shared_passes, step_passes
     from .targets import find_target
 
-    config = CompileConfig(source="", output=Path(), target=find_target("native"), fp8=True)
+    recipe = Recipe(default="w4a16-g128", transforms=("smoothquant", "awq"), kv_cache="int8")
+    config = CompileConfig(source="", output=Path(), target=find_target("native"), recipe=recipe)
     rows = [("both", item) for item in shared_passes(config)] + [("step", item) for item in step_passes(config)]
     documented = [(name, item.name, cleandoc(type(item).__doc__ or "")) for name, item in rows]
     if as_json:

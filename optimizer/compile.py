@@ -18,6 +18,8 @@ from .. import __version__
 from ..errors import UsageError
 from ..passes.base import run_passes
 from ..passes.graph import Program, value_of
+from ..passes.quantize.calibrate import Calibration
+from ..passes.quantize.recipe import Recipe
 from ..passes.verify import Probe
 from ..runtime.manifest import (
     KVCacheSpec,
@@ -33,11 +35,13 @@ from ..runtime.manifest import (
 )
 from ..runtime.program import encode_program, program_ops, write_program
 from ..runtime.report import report_html
+from .calibration import load_calibration
 from .capture import capture, capture_module, first_line
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Backend, CompileConfig
 from .package import check_output, file_records, write_manifest, write_weights, writing
 from .pipeline import shared_passes, step_passes
+from .quantization import make_recipe
 from .targets import find_target
 
 STEP_FILE, SCORE_FILE = "program/step.json", "program/score.json"
@@ -45,9 +49,13 @@ STEP_FILE, SCORE_FILE = "program/step.json", "program/score.json"
 
 @dataclass
 class Progress:
-    """Where the driver reports to; the defaults are silent. `seconds` fills up with the time each stage took."""
+    """Where the driver reports to; the defaults are silent. `seconds` fills up with the time each stage took.
+
+    `on_fraction` is called in the course of a long stage with the fraction of it that is done.
+    """
 
     show: Callable[[str], AbstractContextManager[Any]] = field(default=lambda stage: nullcontext())
+    on_fraction: Callable[[float], None] = field(default=lambda fraction: None)
     on_pass: Callable[[PassRecord], None] = field(default=lambda record: None)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,7 +84,13 @@ def compile(
     backend: Backend = "inductor",
     dtype: str = "auto",
     adapter: str | Path | None = None,
-    fp8: bool = False,
+    quantize: str | Path | Recipe | None = None,
+    algorithm: str | None = None,
+    kv_cache: str | None = None,
+    calibration: str | Path | None = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 512,
+    seed: int = 0,
     force: bool = False,
     dump: str | Path | None = None,
     verify: bool = True,
@@ -95,7 +109,11 @@ def compile(
         backend: inductor (native code) or eager (the portable program alone).
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
         adapter: PEFT LoRA adapter folder to merge.
-        fp8: store the weights of the linear layers as FP8 E4M3, one scale a row.
+        quantize: a preset (int8, int4, fp8), the name of a scheme, a recipe, or the YAML file of one.
+        algorithm: how codes are chosen: rtn, rtn-minmax, hqq, gptq, or transforms before it, as in awq+gptq.
+        kv_cache: store keys and values as int8 or fp8.
+        calibration: file or folder of text to calibrate on.
+        calibration_samples, calibration_length, seed: how many sequences of how many tokens are drawn from it, and how.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
         verify: compare the logits after every pass with those before, in float32.
@@ -116,22 +134,25 @@ def compile(
         raise UsageError(f"backend {backend!r}: expected inductor or eager")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or not 1 <= block_size <= 1024:
         raise UsageError(f"block size {block_size}: expected 1 to 1024 tokens")
+    hardware = find_target(target)
     config = CompileConfig(
         source=str(model) if isinstance(model, str | Path) else type(model).__name__,
         output=Path(output),
-        target=find_target(target),
+        target=hardware,
         backend=backend,
         dtype=dtype,
         adapter=Path(adapter) if adapter is not None else None,
-        fp8=fp8,
+        recipe=make_recipe(quantize, hardware, algorithm=algorithm, kv_cache=kv_cache),
+        calibration=Path(calibration) if calibration is not None else None,
+        calibration_samples=calibration_samples,
+        calibration_length=calibration_length,
+        seed=seed,
         force=force,
         dump=Path(dump) if dump is not None else None,
         verify=verify,
         block_size=block_size,
         max_model_len=max_model_len,
     )
-    if fp8:
-        config.target.require("fp8")
     check_output(config.output, force=config.force)
     progress = progress or Progress()
     if isinstance(model, nn.Module):
@@ -239,10 +260,11 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     model = captured.record
     probe = Probe.random(model.vocab_size, model.max_model_len) if config.verify else None
     score = captured.program
+    calibration = _calibration(captured, config)
     with progress.stage("passes"):
         records = run_passes(
             score,
-            shared_passes(config),
+            shared_passes(config, calibration, progress.on_fraction),
             probe=probe,
             dump=config.dump and config.dump / "shared",
             on_record=progress.on_pass,
@@ -256,6 +278,21 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
         manifest = _write(folder, captured, score, step, records, config, progress)
         write_manifest(folder, manifest)
     return config.output
+
+
+def _calibration(captured: Captured, config: CompileConfig) -> Calibration | None:
+    """The data to calibrate on, if the recipe needs any and there is some."""
+    recipe, checkpoint = config.recipe, captured.checkpoint
+    if recipe is None or not recipe.needs_calibration or config.calibration is None:
+        return None
+    assert checkpoint is not None and checkpoint.tokenizer is not None
+    return load_calibration(
+        config.calibration,
+        checkpoint.tokenizer,
+        num_samples=config.calibration_samples,
+        sequence_length=config.calibration_length,
+        seed=config.seed,
+    )
 
 
 def _write(
@@ -294,6 +331,7 @@ def _write(
         constants=constants,
         required_ops=tuple(sorted({op for program in encoded.values() for op in program_ops(program)})),
         native=native,
+        quantization=score.quantization,
         passes=tuple(records),
         stages=progress.seconds,
         memory=_memory_plan(folder, step.kv_cache, config),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..passes.quantize.recipe import Recipe
 from .targets import Target
 
 Backend = Literal["inductor", "eager"]
@@ -22,7 +23,11 @@ class CompileConfig:
         backend: inductor (native code) or eager (the portable program alone).
         dtype: auto, float32, bfloat16 or float16.
         adapter: LoRA adapter to merge.
-        fp8: quantize the linear layers' weights to FP8.
+        recipe: what to quantize and how; none quantizes nothing.
+        calibration: file or folder of text to calibrate on; none takes what lies in the checkpoint, if anything does.
+        calibration_samples: how many sequences.
+        calibration_length: tokens of each.
+        seed: of the draw.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
         verify: check the logits after every pass.
@@ -36,7 +41,11 @@ class CompileConfig:
     backend: Backend = "inductor"
     dtype: str = "auto"
     adapter: Path | None = None
-    fp8: bool = False
+    recipe: Recipe | None = None
+    calibration: Path | None = None
+    calibration_samples: int = 128
+    calibration_length: int = 512
+    seed: int = 0
     force: bool = False
     dump: Path | None = None
     verify: bool = True

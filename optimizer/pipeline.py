@@ -6,20 +6,27 @@ the step program, which takes packed tokens of many sequences over a paged KV ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..passes.base import Pass
 from ..passes.canonicalize import Canonicalize
 from ..passes.gather_logits import GatherLogits
 from ..passes.kv_cache import KVCache
 from ..passes.paged_attention import PagedAttention
-from ..passes.quantize_fp8 import QuantizeFp8
+from ..passes.quantize.calibrate import Calibration
+from ..passes.quantize.quantize import Quantize
 from .config import CompileConfig
 
 
-def shared_passes(config: CompileConfig) -> list[Pass]:
+def shared_passes(
+    config: CompileConfig,
+    calibration: Calibration | None = None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> list[Pass]:
     """Passes for both programs."""
     passes: list[Pass] = [Canonicalize()]
-    if config.fp8:
-        passes += [QuantizeFp8()]
+    if config.recipe is not None:
+        passes += [Quantize(recipe=config.recipe, calibration=calibration, on_progress=on_progress)]
     return passes
 
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -77,8 +77,12 @@ class Pass(ABC):
         """How many matches the graph before the pass must give; None if any number is right."""
         return None
 
+    def config(self) -> dict[str, Any]:
+        """The parameters that decide what the pass does."""
+        return asdict(self)
+
     def config_sha256(self) -> str:
-        return hashlib.sha256(f"{self.name}{sorted(asdict(self).items())}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.name}{sorted(self.config().items())}".encode()).hexdigest()
 
 
 def run_passes(

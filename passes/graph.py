@@ -14,7 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ..runtime.manifest import KVCacheSpec, Layout, ProgramSpec, TensorSpec
+from ..runtime.manifest import KVCacheSpec, Layout, ProgramSpec, Quantization, TensorSpec
 
 # A distinct prime for each symbol: equal hints would be taken for the same symbol, 0 and 1 would be specialised.
 _HINTS = (7, 3, 5, 11, 13, 17, 19, 23, 29, 31)
@@ -33,6 +33,7 @@ class Program:
         kv_cache: geometry of each layer's cache, in the order of the layers.
         sources: checkpoint name of each weight; a weight made by a pass names what it was made from.
         layouts: how a weight made by a pass lies beside its source; all others are plain.
+        quantization: what was quantized; none before that pass.
     """
 
     module: fx.GraphModule
@@ -42,6 +43,7 @@ class Program:
     kv_cache: list[KVCacheSpec] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -67,6 +69,7 @@ class Program:
             list(self.kv_cache),
             dict(self.sources),
             dict(self.layouts),
+            self.quantization,
         )
 
 

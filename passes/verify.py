@@ -23,7 +23,8 @@ _BLOCK_SIZE = 4
 def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
+    Quantized linear layers take their activations as they are: rounding them would turn the last bit of a sum into a whole
+    step, and the check could not tell a wrong graph from another order of additions. The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
     while an op uses it. A later run may depend on what an earlier one wrote into a cache, as two chunks of a prompt do.
     """
     environments: list[dict[fx.Node, Any]] = [{} for _ in runs]
@@ -41,6 +42,8 @@ def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> lis
             elif node.op == "call_function":
                 known = {**environment, **weights} if weights else environment
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                if node.target is torch.ops.optc.linear_quantized.default:
+                    args = (*args[:-1], "none")
                 environment[node] = node.target(*_float32_arguments(args), **_float32_arguments(kwargs))
             for used in node.all_input_nodes:
                 if last_use[used] is node:

@@ -6,18 +6,15 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-SCHEMA_VERSION: Literal[1] = 1
+from .record import Record
+from .scheme import QuantizationArgs, Scheme
+
+SCHEMA_VERSION: Literal[2] = 2
 
 Dim = int | str
 """A size, or the name of a symbol whose range is in `ProgramSpec.symbols`."""
-
-
-class Record(BaseModel):
-    """Base of all manifest records: closed, and immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TensorSpec(Record):
@@ -60,11 +57,11 @@ class FileRecord(Record):
     sha256: str
 
 
-Layout = Literal["plain", "transposed", "fp8", "fp8_transposed", "fp8_scale"]
+Layout = Literal["plain", "transposed", "folded", "quantized"]
 """How a constant lies beside the checkpoint's tensor; `runtime.unpack` undoes each.
 
-plain: as it is; transposed: [K, N] stored as [N, K]; fp8: E4M3 codes whose scale of each row is the constant of layout
-fp8_scale whose name ends in `_scale` instead of `_fp8`; fp8_transposed: codes of the transposed tensor.
+plain: as it is; transposed: [K, N] stored as [N, K]; folded: in its shape, its values changed by a transform that another
+weight makes up for; quantized: a part of a quantized weight, see `QuantizedLayer`.
 """
 
 
@@ -76,6 +73,45 @@ class ConstantRecord(Record):
     shape: tuple[int, ...]
     source: str = Field(description="name of the checkpoint's tensor it was made from")
     layout: Layout = Field(description="how it lies beside that tensor")
+
+
+Role = Literal["attention", "mlp", "lm_head", "embedding", "router", "medusa"]
+
+
+class QuantizedLayer(Record):
+    """A weight that is stored as codes."""
+
+    name: str = Field(description="name of the checkpoint's tensor")
+    role: Role
+    shape: tuple[int, int] = Field(description="[N, K], outputs first")
+    transposed: bool = Field(description="whether the checkpoint has it as [K, N]")
+    scheme: str = Field(description="its scheme, a key of `Quantization.schemes`")
+    algorithm: str = Field(description="how the codes were chosen")
+    constants: dict[str, str] = Field(
+        description="part (codes, scale, zero, group_index, input_scale) -> the constant that holds it"
+    )
+    bits_per_weight: float = Field(description="all parts but input_scale")
+    error: float | None = Field(description="root mean square of the change of the weight, over that of the weight")
+
+
+class CalibrationRecord(Record):
+    """The text that the codes were chosen on."""
+
+    source: str
+    sha256: str = Field(description="over the token ids")
+    num_samples: int
+    sequence_length: int
+    seed: int
+
+
+class Quantization(Record):
+    """What is stored in fewer bits. Schemes are in the vocabulary of compressed-tensors."""
+
+    schemes: dict[str, Scheme]
+    layers: tuple[QuantizedLayer, ...]
+    kv_cache_scheme: QuantizationArgs | None
+    calibration: CalibrationRecord | None
+    bits_per_weight: float = Field(description="mean over the quantized weights, scales and zero points included")
 
 
 class PassRecord(Record):
@@ -148,7 +184,7 @@ class Versions(Record):
 class Manifest(Record):
     """All that a runtime has to know about an artifact before it loads anything."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     identity: str = Field(
         description="sha256 over everything that decides the tokens; equal inputs give equal identities"
     )
@@ -164,6 +200,7 @@ class Manifest(Record):
     constants: dict[str, ConstantRecord]
     required_ops: tuple[str, ...]
     native: tuple[NativeCode, ...]
+    quantization: Quantization | None
     passes: tuple[PassRecord, ...]
     stages: dict[str, float] = Field(description="seconds of each stage of the compilation")
     memory: MemoryPlan
@@ -178,6 +215,8 @@ def identity_of(manifest: Manifest) -> str:
     content = manifest.model_dump(mode="json", exclude={"identity", "checksum", "native", "files", "stages"})
     for record in content["passes"]:
         del record["seconds"], record["max_error"]  # measurements
+    for layer in (content["quantization"] or {}).get("layers", ()):
+        del layer["error"]  # a measurement
     for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
         del content["model"][where]
     content["data"] = {

@@ -6,16 +6,17 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .artifact import Artifact
-from .manifest import ConstantRecord
-from .ops.linear_fp8 import dequantize_fp8
+from .manifest import ConstantRecord, QuantizedLayer
+from .ops.quantized import StoredWeight
 
 
 def unpack(artifact: Artifact) -> dict[str, Tensor]:
     """The checkpoint's weights under their own names, in plain layout and original orientation.
 
     Plain weights are memory-mapped views of the artifact; transposed ones are copies. Both are bit-exact, in the dtype
-    they were compiled in; FP8 weights come back rounded, as float32. A weight that several modules share comes back under
-    the one name it is stored by; tables that the model computes (such as RoPE frequencies) come with the weights.
+    they were compiled in. Folded weights come back as they were folded, quantized ones as their codes mean, in float32. A
+    weight that several modules share comes back under the one name it is stored by; tables that the model computes (such
+    as RoPE frequencies) come with the weights.
 
     Raises:
         ArtifactError: a constant is missing or is not what its layout says.
@@ -24,22 +25,49 @@ def unpack(artifact: Artifact) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, record in artifact.manifest.constants.items():
         # A source may be stored twice, for uses that want it differently; the plain one is the checkpoint's own.
-        if record.layout == "fp8_scale" or (record.source in weights and record.layout != "plain"):
+        if record.layout == "quantized" or (record.source in weights and record.layout != "plain"):
             continue
-        try:
-            weights[record.source] = _undo(name, record, constants)
-        except (KeyError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{artifact.path}: the constant {name} cannot be unpacked from layout {record.layout}: {error}; compile "
-                "the model again"
-            ) from error
+        weights[record.source] = _undo(artifact, name, record, constants)
+    for layer, stored in stored_weights(artifact).items():
+        value = stored.dequantize()
+        weights.setdefault(layer.name, value.t().contiguous() if layer.transposed else value)
     return weights
 
 
-def _undo(name: str, record: ConstantRecord, constants: dict[str, Tensor]) -> Tensor:
+def stored_weights(artifact: Artifact) -> dict[QuantizedLayer, StoredWeight]:
+    """Every quantized weight as it is stored, by its record.
+
+    Raises:
+        ArtifactError: a part is missing or has another shape or dtype than its scheme says.
+    """
+    quantization = artifact.manifest.quantization
+    if quantization is None:
+        return {}
+    constants = artifact.constants()
+    found: dict[QuantizedLayer, StoredWeight] = {}
+    for layer in quantization.layers:
+        try:
+            parts = {part: constants[name] for part, name in layer.constants.items()}
+            args = quantization.schemes[layer.scheme].weights
+            stored = StoredWeight(
+                parts["codes"], parts["scale"], parts.get("zero"), parts.get("group_index"), args, layer.shape
+            )
+            stored.check()
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{artifact.path}: the quantized weight {layer.name} cannot be read: {error}; compile the model again"
+            ) from error
+        found[layer] = stored
+    return found
+
+
+def _undo(artifact: Artifact, name: str, record: ConstantRecord, constants: dict[str, Tensor]) -> Tensor:
     stored = constants[name]
-    if record.layout != "plain" and stored.dim() != 2:
-        raise RuntimeError(f"it is {list(stored.shape)}, expected a matrix")
-    if record.layout in ("fp8", "fp8_transposed"):
-        stored = dequantize_fp8(stored, constants[f"{name.removesuffix('_fp8')}_scale"])
-    return stored.t().contiguous() if record.layout in ("transposed", "fp8_transposed") else stored
+    if record.layout != "transposed":
+        return stored
+    if stored.dim() != 2:
+        raise ArtifactError(
+            f"{artifact.path}: the constant {name} cannot be unpacked from layout {record.layout}: it is "
+            f"{list(stored.shape)}, expected a matrix; compile the model again"
+        )
+    return stored.t().contiguous()

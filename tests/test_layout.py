@@ -19,7 +19,16 @@ OUTSIDE = {"tests", "examples", "docs", "benchmarks", "build"}
 # What the modules under each prefix may import of optc. The longest prefix counts.
 ALLOWED = {
     "runtime": ("runtime", "errors"),
-    "passes": ("passes", "runtime.ops", "runtime.manifest", "runtime.program", "runtime.artifact", "errors"),
+    "passes": (
+        "passes",
+        "runtime.ops",
+        "runtime.manifest",
+        "runtime.record",
+        "runtime.scheme",
+        "runtime.program",
+        "runtime.artifact",
+        "errors",
+    ),
     "optimizer": ("optimizer", "passes", "runtime", "errors"),
     "errors": (),
     "cli": ("optimizer.cli", "runtime.cli", "errors"),

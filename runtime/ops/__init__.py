@@ -1,5 +1,5 @@
 """The op vocabulary of optc's programs. Importing this package registers every op with PyTorch."""
 
-from . import attention, grouped_mm, linear_fp8
+from . import attention, grouped_mm, quantized
 
-__all__ = ["attention", "grouped_mm", "linear_fp8"]
+__all__ = ["attention", "grouped_mm", "quantized"]

@@ -1,0 +1,1 @@
+"""Quantization: what (schemes and recipes), which codes (algorithms), and the rewrite."""

@@ -1,0 +1,195 @@
+"""Store the weights of linear layers and embeddings as codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import UsageError
+from ...runtime.manifest import Quantization, QuantizedLayer
+from ...runtime.ops.quantized import FP8_MAX, QuantizedWeight, StoredWeight
+from ...runtime.scheme import QuantizationArgs
+from ..base import Pass, Result
+from ..graph import Program, add_weight, call, get_weight, replacing, value_of
+from .calibrate import Calibration, Statistics, calibrate
+from .recipe import Assignment, Recipe, activation_args, assign
+from .roles import Candidate, find_candidates
+from .rtn import rtn
+
+optc = torch.ops.optc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """linear(x, weight [N, K], bias)  ->  optc.linear_quantized(x, codes, scale, zero?, group_index?, input_scale?, bias)
+    embedding(weight [V, K], ids)  ->  optc.embedding_quantized(ids, codes, scale, zero?)
+
+    The recipe says which weights get which scheme, and how codes are chosen; weights that the checkpoint already has as
+    codes keep them, to the bit. A weight that several nodes use is stored once. Records what it did in
+    `program.quantization`.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
+
+    recipe: Recipe
+    calibration: Calibration | None = None
+    given: Mapping[str, StoredWeight] = field(default_factory=dict, repr=False)
+    on_progress: Callable[[float], None] = field(default=lambda fraction: None, repr=False)
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        """A lossy rewrite: the check finds what is broken, `optc eval` says how good it is."""
+        return 4.0
+
+    def config(self) -> dict[str, Any]:
+        record = self.calibration.record() if self.calibration else None
+        return {"recipe": self.recipe, "calibration": record, "given": sorted(self.given)}
+
+    def apply(self, program: Program) -> Result:
+        result = Result()
+        candidates, declined = find_candidates(program)
+        for node, reason in declined:
+            result.decline(node, reason)
+        names = {candidate.name: program.sources.get(candidate.name, candidate.name) for candidate in candidates}
+        assignments = assign(self.recipe, candidates, names)
+        chosen = [candidate for candidate in candidates if candidate.name in assignments]
+        for candidate in candidates:
+            if candidate.name not in assignments:
+                result.decline((*candidate.linears, *candidate.embeddings)[0], f"{candidate.role}: full precision")
+        work = _Work(program, assignments)
+        for candidate in chosen:
+            _check_finite(names[candidate.name], get_weight(program.module, candidate.name))
+        if self.calibration is not None:
+            work.calibrated(chosen, self.calibration, self.on_progress)
+        work.rest(chosen)
+        layers = tuple(_rewrite(program, candidate, work, names[candidate.name]) for candidate in chosen)
+        schemes = {assignment.scheme_name: assignment.scheme for assignment in assignments.values()}
+        weights = sum(math.prod(layer.shape) for layer in layers)
+        program.quantization = Quantization(
+            schemes=dict(sorted(schemes.items())),
+            layers=layers,
+            kv_cache_scheme=activation_args(self.recipe.kv_cache) if self.recipe.kv_cache else None,
+            calibration=self.calibration.record() if self.calibration else None,
+            bits_per_weight=sum(layer.bits_per_weight * math.prod(layer.shape) for layer in layers) / max(1, weights),
+        )
+        result.matches = sum(len(candidate.linears) + len(candidate.embeddings) for candidate in chosen)
+        return result
+
+
+class _Work:
+    """The codes chosen so far."""
+
+    def __init__(self, program: Program, assignments: Mapping[str, Assignment]) -> None:
+        self.program, self.assignments = program, assignments
+        self.stored: dict[str, StoredWeight] = {}
+        self.input_scales: dict[str, Tensor] = {}
+        self.errors: dict[str, float] = {}
+
+    def calibrated(
+        self, chosen: list[Candidate], calibration: Calibration, on_progress: Callable[[float], None]
+    ) -> None:
+        """Choose the codes of linear layers one input after the other, each with those before it quantized."""
+        by_input: dict[fx.Node, list[str]] = {}
+        seen: set[str] = set()
+        for candidate in chosen:
+            for linear in candidate.linears:
+                if candidate.name not in seen and candidate.role != "lm_head":
+                    by_input.setdefault(linear.all_input_nodes[0], []).append(candidate.name)
+                    seen.add(candidate.name)
+
+        def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:
+            return {name: self.choose(name, statistics) for name in by_input[x]}
+
+        calibrate(self.program, calibration, list(by_input), visit, on_progress=on_progress)
+
+    def rest(self, chosen: list[Candidate]) -> None:
+        for candidate in chosen:
+            if candidate.name not in self.stored:
+                self.choose(candidate.name, None)
+
+    def choose(self, name: str, statistics: Statistics | None) -> Tensor:
+        """Choose the codes of a weight; gives the weight as they mean it, in its dtype."""
+        assignment, original = self.assignments[name], get_weight(self.program.module, name).detach()
+        weight = original.float()
+        quantized = round_weight(
+            weight, assignment, scale_dtype(original.dtype, weight, assignment.scheme.weights), statistics
+        )
+        dequantized = quantized.dequantize()
+        self.stored[name] = quantized.pack()
+        norm = weight.square().mean().sqrt().item()
+        self.errors[name] = (dequantized - weight).square().mean().sqrt().item() / norm if norm else 0.0
+        activation = assignment.scheme.activation
+        if activation.endswith("static"):
+            assert statistics is not None
+            largest = 127.0 if activation.startswith("int8") else FP8_MAX
+            self.input_scales[name] = (statistics.largest.max() / largest).clamp_min(1e-12).reshape(1)
+        return dequantized.to(original.dtype)
+
+
+def round_weight(
+    weight: Tensor, assignment: Assignment, dtype: torch.dtype, statistics: Statistics | None
+) -> QuantizedWeight:
+    """Weight f32[N, K] as codes, chosen as the assignment says; GPTQ without statistics rounds to nearest."""
+    args = assignment.scheme.weights
+    importance = statistics.hessian.diagonal() if statistics is not None else None
+    return rtn(weight, args, dtype, mse=assignment.rounding != "rtn-minmax", importance=importance)
+
+
+def scale_dtype(model_dtype: torch.dtype, weight: Tensor, args: QuantizationArgs) -> torch.dtype:
+    """Scales are stored in 16 bits: in the weight's dtype, float16 for a float32 model; float32 where that has no room."""
+    if model_dtype == torch.bfloat16:
+        return torch.bfloat16
+    smallest = weight.abs().amax() / 2**args.num_bits
+    return torch.float16 if smallest * 1e3 > 1e-4 and weight.abs().amax() < 6e4 else torch.float32
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        kind = "NaN" if torch.isnan(weight).any() else "Inf"
+        raise UsageError(f"{name} holds {kind}: it cannot be quantized; the checkpoint is damaged, download it again")
+
+
+def _rewrite(program: Program, candidate: Candidate, work: _Work, source: str) -> QuantizedLayer:
+    """Replace every use of the weight; gives its record."""
+    name, stored, assignment = candidate.name, work.stored[candidate.name], work.assignments[candidate.name]
+    parts = stored.tensors()
+    if name in work.input_scales:
+        parts["input_scale"] = work.input_scales[name]
+    constants = {part: f"{name}_{part}" for part in parts}
+    for which, value in parts.items():
+        add_weight(program, constants[which], value, source, layout="quantized")
+    bits, block = stored.args.num_bits, list(stored.args.block(*stored.shape))
+    activation = assignment.scheme.activation
+
+    def part(which: str) -> fx.Node | None:
+        return program.graph.get_attr(constants[which]) if which in constants else None
+
+    for node in candidate.linears:
+        x, _, bias = (*node.args, None)[:3]
+        with replacing(program.graph, node) as new:
+            names = ("codes", "scale", "zero", "group_index", "input_scale")
+            inputs = (x, *(part(which) for which in names), bias, bits, block, activation)
+            new.append(call(program.graph, optc.linear_quantized.default, *inputs))
+    for node in candidate.embeddings:
+        ids, dtype = node.args[1], value_of(node).dtype
+        with replacing(program.graph, node) as new:
+            inputs = (ids, *(part(which) for which in ("codes", "scale", "zero")))
+            how = (stored.shape[1], bits, block, dtype)
+            new.append(call(program.graph, optc.embedding_quantized.default, *inputs, *how))
+    return QuantizedLayer(
+        name=source,
+        role=candidate.role,
+        shape=candidate.shape,
+        transposed=program.layouts.get(name) == "transposed",
+        scheme=assignment.scheme_name,
+        algorithm=assignment.rounding,
+        constants=constants,
+        bits_per_weight=8 * stored.num_bytes() / math.prod(candidate.shape),
+        error=work.errors[name],
+    )

@@ -1,0 +1,192 @@
+"""Which scheme each weight gets: rules by role, then by name pattern, then the default."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ...errors import UsageError
+from ...runtime.manifest import Role
+from ...runtime.record import Record
+from ...runtime.scheme import GROUPS, QuantizationArgs, Scheme, find_scheme
+from .roles import Candidate
+
+KEEP = "none"
+Rounding = Literal["rtn", "rtn-minmax", "hqq", "gptq"]
+Transform = Literal["smoothquant", "awq"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# In full precision unless a rule names them. Routers always are: a wrong expert costs more than their few bytes.
+_KEPT_ROLES: tuple[Role, ...] = ("lm_head", "embedding", "medusa")
+
+
+class Rule(Record):
+    """A scheme for the weights of a role, or whose name matches a pattern (with * and ?), or both.
+
+    Attributes:
+        role: attention, mlp, lm_head, embedding or medusa.
+        name: pattern of the checkpoint's names, such as `model.layers.0.*`.
+        scheme: a name that `find_scheme` knows, or none for full precision.
+        rounding: how codes are chosen; the recipe's if not given.
+    """
+
+    role: Role | None = None
+    name: str | None = None
+    scheme: str
+    rounding: Rounding | None = None
+
+    def matches(self, role: Role, name: str) -> bool:
+        return self.role in (None, role) and (self.name is None or fnmatch.fnmatchcase(name, self.name))
+
+    def describe(self) -> str:
+        return " and ".join(
+            f"{key} {value}" for key, value in (("role", self.role), ("name", self.name)) if value is not None
+        )
+
+
+class Recipe(Record):
+    """What to quantize and how.
+
+    Rules with a role come first (those that also have a name pattern before those that have not), then rules with a
+    name pattern, then the default; among equals the first one counts.
+
+    Attributes:
+        default: scheme of attention and MLP layers that no rule matches; none keeps them.
+        rounding: how codes are chosen where the rule does not say.
+        transforms: rewrites of the float weights before that, in this order.
+        rules: see above.
+        kv_cache: int8, fp8, or none for the model's dtype.
+        adapt: where a scheme's group does not divide a layer's inputs, take the next smaller one that does; if off, that
+            is an error.
+    """
+
+    default: str = KEEP
+    rounding: Rounding = "gptq"
+    transforms: tuple[Transform, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    kv_cache: Literal["int8", "fp8"] | None = None
+    adapt: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any codes depend on activations."""
+        roundings = {self.rounding, *(rule.rounding for rule in self.rules)}
+        names = {self.default, *(rule.scheme for rule in self.rules)} - {KEEP}
+        static = any(find_scheme(name).activation.endswith("static") for name in names)
+        return bool(self.transforms) or "gptq" in roundings or static
+
+    def without_calibration(self) -> Recipe:
+        """The same schemes with codes that need no data: GPTQ becomes rounding to nearest, transforms are left out."""
+        rules = tuple(
+            rule.model_copy(update={"rounding": "rtn"}) if rule.rounding == "gptq" else rule for rule in self.rules
+        )
+        rounding = "rtn" if self.rounding == "gptq" else self.rounding
+        return self.model_copy(update={"rounding": rounding, "transforms": (), "rules": rules})
+
+    def check_names(self) -> None:
+        """Raises UsageError: a scheme that does not exist, or a rule for routers."""
+        for name in [self.default, *(rule.scheme for rule in self.rules)]:
+            if name != KEEP:
+                find_scheme(name)
+        for rule in self.rules:
+            if rule.role == "router" and rule.scheme != KEEP:
+                raise UsageError("a rule for the role router: routers stay in full precision; remove it")
+            if rule.role is None and rule.name is None:
+                raise UsageError("a rule with neither role nor name; give one, or set the recipe's default")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one weight gets."""
+
+    scheme_name: str
+    scheme: Scheme
+    rounding: Rounding
+
+
+def assign(recipe: Recipe, candidates: Sequence[Candidate], names: dict[str, str]) -> dict[str, Assignment]:
+    """The scheme of each weight that gets one, by the weight's name in the program.
+
+    Args:
+        recipe: its names were checked.
+        candidates: of the program.
+        names: checkpoint name of each candidate, which the patterns are for.
+
+    Raises:
+        UsageError: a rule that matches nothing (lists near names), a group size that does not divide, or rules that
+            disagree about a tied weight.
+    """
+    for rule in recipe.rules:
+        if not any(rule.matches(role, names[c.name]) for c in candidates for role in _roles(c)):
+            raise UsageError(_matches_nothing(rule, candidates, names))
+    found = {}
+    for candidate in candidates:
+        if assignment := _assign(recipe, candidate, names[candidate.name]):
+            found[candidate.name] = assignment
+    return found
+
+
+def _roles(candidate: Candidate) -> tuple[Role, ...]:
+    return ("lm_head", "embedding") if candidate.is_tied else (candidate.role,)
+
+
+def _assign(recipe: Recipe, candidate: Candidate, name: str) -> Assignment | None:
+    chosen = {role: _choose(recipe, role, name) for role in _roles(candidate)}
+    schemes = {rule.scheme for rule in chosen.values()}
+    if len(schemes) > 1:
+        raise UsageError(
+            f"{name} is both lm_head and embedding (tied), stored once, and the recipe gives it "
+            f"{' and '.join(f'{rule.scheme} as {role}' for role, rule in chosen.items())}; give both roles the same scheme"
+        )
+    rule = next(iter(chosen.values()))
+    if rule.scheme == KEEP or candidate.role == "router":
+        return None
+    scheme_name, scheme = _fit(rule.scheme, candidate, name, adapt=recipe.adapt)
+    rounding = rule.rounding or recipe.rounding
+    if scheme.weights.type == "float" and rounding != "rtn-minmax":
+        rounding = "rtn"
+    if not candidate.linears and rounding == "gptq":
+        rounding = "rtn"  # an embedding is looked up, never multiplied: there is no input to measure
+    return Assignment(scheme_name, scheme, rounding)
+
+
+def _choose(recipe: Recipe, role: Role, name: str) -> Rule:
+    matching = [rule for rule in recipe.rules if rule.matches(role, name)]
+    order = sorted(matching, key=lambda rule: (rule.role is None, rule.name is None))
+    kept = Rule(role=role, scheme=KEEP if role in _KEPT_ROLES else recipe.default)
+    return order[0] if order else kept
+
+
+def _fit(name: str, candidate: Candidate, weight: str, *, adapt: bool) -> tuple[str, Scheme]:
+    scheme = find_scheme(name)
+    group, columns = scheme.weights.group_size, candidate.shape[1]
+    if scheme.weights.strategy != "group" or group is None or columns % group == 0:
+        return name, scheme
+    fitting = [size for size in GROUPS if columns % size == 0]
+    if not adapt:
+        offers = ", ".join(f"g{size}" for size in fitting) or "channel (one group a row)"
+        raise UsageError(
+            f"{weight} has {columns} inputs, which groups of {group} ({name}) do not divide; of the group sizes fit: {offers}"
+        )
+    smaller = [size for size in fitting if size < group]
+    replaced = f"g{smaller[-1]}" if smaller else "channel"
+    adapted = name.replace(f"g{group}", replaced) if scheme.weights.num_bits < 8 or smaller else "w8a16"
+    return adapted, find_scheme(adapted)
+
+
+def _matches_nothing(rule: Rule, candidates: Sequence[Candidate], names: dict[str, str]) -> str:
+    if rule.name is None:
+        return f"the recipe's rule for {rule.describe()} matches nothing: the model has no such weight; remove the rule"
+    known = [names[candidate.name] for candidate in candidates]
+    near = difflib.get_close_matches(rule.name, known, n=3, cutoff=0.0)
+    return f"the recipe's rule for {rule.describe()} matches no weight; names like it: {', '.join(near)}"
+
+
+def activation_args(kind: Literal["int8", "fp8"]) -> QuantizationArgs:
+    """The KV cache's scheme: 8 bits, one scale for each token, head and of key and value, computed as it is written."""
+    return QuantizationArgs(type="int" if kind == "int8" else "float", strategy="token", dynamic=True)

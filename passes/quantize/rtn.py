@@ -1,0 +1,138 @@
+"""Round to nearest, and the choice of scales that every algorithm starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...runtime.ops.quantized import FP8, FP8_MAX, QuantizedWeight
+from ...runtime.scheme import QuantizationArgs
+
+_GRID = torch.linspace(1.0, 0.4, 61).tolist()
+_ROWS_AT_ONCE = 2**20
+
+
+def rtn(
+    weight: Tensor,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+    *,
+    mse: bool = True,
+    importance: Tensor | None = None,
+) -> QuantizedWeight:
+    """Round each weight to the nearest code.
+
+    Args:
+        weight: f32[N, K].
+        args: of the weight.
+        scale_dtype: what scales are stored in; codes are chosen for the scale as it is stored.
+        mse: choose each scale for the least squared error, over a grid down to 0.4 of the range; else for the range.
+        importance: f32[K]: weights of the squared errors of each column, such as the mean square of its input.
+    """
+    scale, zero = choose_scales(weight, args, scale_dtype, mse=mse, importance=importance)
+    return QuantizedWeight(round_to(weight, scale, zero, args), scale, zero, None, args)
+
+
+def choose_scales(
+    weight: Tensor,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+    *,
+    mse: bool = True,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale [ceil(N / rows), ceil(K / columns)] in `scale_dtype` and, if asymmetric, zero points int8 of that shape."""
+    blocks = _blocks(weight, args)
+    weights = None
+    if importance is not None:
+        rows, _ = args.block(*weight.shape)
+        spread = importance.float().clamp_min(importance.float().mean() * 1e-6 + 1e-30)
+        weights = _blocks(spread.expand(rows, -1), args)
+    scales, zeros = [], []
+    count = max(1, _ROWS_AT_ONCE // blocks.shape[-1])
+    groups = blocks.shape[1]
+    for start in range(0, blocks.shape[0], max(1, count // groups)):
+        part = blocks[start : start + max(1, count // groups)]
+        scale, zero = _search(part, args, scale_dtype, weights if mse else None, mse=mse)
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.cat(scales), None if args.symmetric else torch.cat(zeros).to(torch.int8)
+
+
+def _blocks(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """[N, K] -> [row blocks, column blocks, elements], padded with zeros, which no range or error sees."""
+    rows, columns = args.block(*weight.shape)
+    padded: Tensor = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+    blocks: Tensor = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2).flatten(2)
+    return blocks
+
+
+def _search(
+    blocks: Tensor, args: QuantizationArgs, dtype: torch.dtype, importance: Tensor | None, *, mse: bool
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of each block [R, G, E] -> [R, G]."""
+    best_scale, best_zero = _from_range(blocks, args, dtype, 1.0, 1.0)
+    if not mse:
+        return best_scale, best_zero
+    best = _loss(blocks, best_scale, best_zero, args, importance)
+    # A symmetric integer range has one code more below zero; a negative scale turns it upside down.
+    signs = (1.0, -1.0) if args.type == "int" and args.symmetric and args.num_bits < 8 else (1.0,)
+    for shrink in _GRID:
+        for sign in signs:
+            scale, zero = _from_range(blocks, args, dtype, shrink, sign)
+            loss = _loss(blocks, scale, zero, args, importance)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _from_range(
+    blocks: Tensor, args: QuantizationArgs, dtype: torch.dtype, shrink: float, sign: float
+) -> tuple[Tensor, Tensor]:
+    if args.type == "float":
+        scale = blocks.abs().amax(dim=-1) / FP8_MAX * shrink
+        return _storable(scale, dtype), torch.zeros_like(scale)
+    lowest, highest = args.code_range()
+    if args.symmetric:
+        # 4 bits: codes -8 to 7. The range is divided by 7.5 and the largest may be cut, or by 8 if the sign is right.
+        scale = sign * blocks.abs().amax(dim=-1) * shrink / ((highest - lowest) / 2)
+        return _storable(scale, dtype), torch.zeros_like(scale)
+    low, high = blocks.amin(dim=-1).clamp_max(0) * shrink, blocks.amax(dim=-1).clamp_min(0) * shrink
+    scale = _storable((high - low) / (highest - lowest), dtype)
+    zero = (lowest - low / scale.float()).round().clamp(lowest, highest)
+    return scale, zero
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype it is stored in; 1 where the block is all zeros or its scale would vanish."""
+    stored = scale.to(dtype)
+    return torch.where((stored.float() == 0) | ~torch.isfinite(stored.float()), torch.ones_like(stored), stored)
+
+
+def _loss(blocks: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs, importance: Tensor | None) -> Tensor:
+    steps = scale.float()[..., None]
+    error = (_codes(blocks, steps, zero[..., None], args) - zero[..., None]) * steps - blocks
+    squared = error.square()
+    return (squared if importance is None else squared * importance).sum(dim=-1)
+
+
+def _codes(values: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs) -> Tensor:
+    """The nearest code of each value, as float32."""
+    scaled = values / scale + zero
+    if args.type == "float":
+        return scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
+    return scaled.round().clamp(*args.code_range())
+
+
+def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantizationArgs) -> Tensor:
+    """Weight f32[N, K] -> codes [N, K] for these scales; `zero` int8, floating or none."""
+    rows, columns = args.block(*weight.shape)
+
+    def spread(values: Tensor) -> Tensor:
+        wide = values.float().repeat_interleave(rows, 0)[: weight.shape[0]]
+        return wide.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+
+    codes = _codes(weight, spread(scale), spread(zero) if zero is not None else torch.zeros(1), args)
+    return codes.to(FP8 if args.type == "float" else torch.int8)

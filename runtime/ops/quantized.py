@@ -1,0 +1,298 @@
+"""Quantized weights: how they are stored, what they mean, and the ops that use them.
+
+    optc::linear_quantized(x, weight, scale, zero?, group_index?, input_scale?, bias?, bits, block, activation)
+    optc::embedding_quantized(ids, weight, scale, zero?, bits, block, dtype)
+
+A stored weight [N, K] is
+
+    weight  int8[N, K] (8 bits), float8_e4m3fn[N, K], or int32[N, ceil(K * bits / 32)] (fewer bits): codes + 2^(bits-1),
+            packed from the lowest bit up and densely across words, as compressed-tensors' pack-quantized format has it
+    scale   floating [ceil(N / block[0]), ceil(K / block[1])]
+    zero    none; int8 or packed int32 (along the rows, as above) [N, groups]; or floating [N, groups] (HQQ)
+    group_index   none, or i32[K]: the group of each column (GPTQ's act-order), instead of column // block[1]
+
+and means  W = (code - zero) * scale, in float32. `dequantize` is that, and the oracle of every kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..scheme import QuantizationArgs
+from .attention import LIBRARY
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix [N, K] as codes, before it is packed.
+
+    Attributes:
+        codes: int8[N, K] within `args.code_range()`, or float8_e4m3fn[N, K].
+        scale: floating [ceil(N / rows), ceil(K / columns)] of `args.block(N, K)`.
+        zero: none if symmetric; int8[N, groups] in the codes' range; or floating [N, groups].
+        group_index: i32[K], only where a column's group is not column // group_size.
+        args: the scheme of the weight.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_index: Tensor | None
+    args: QuantizationArgs
+
+    def dequantize(self) -> Tensor:
+        """f32[N, K]."""
+        return dequantize_codes(self.codes, self.scale, self.zero, self.group_index, self.block)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return self.args.block(rows, columns)
+
+    def pack(self) -> StoredWeight:
+        """The weight as it is stored. Bit-exact: `StoredWeight.unpack` undoes it."""
+        bits = self.args.num_bits
+        codes = self.codes if bits == 8 else pack_bits(self.codes, bits)
+        zero = self.zero
+        if zero is not None and not zero.is_floating_point() and bits < 8:
+            zero = pack_bits(zero.t(), bits).t().contiguous()
+        return StoredWeight(codes, self.scale, zero, self.group_index, self.args, (*self.codes.shape,))
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A matrix [N, K] as the module docstring describes it: what an artifact holds and the ops take."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_index: Tensor | None
+    args: QuantizationArgs
+    shape: tuple[int, int]
+
+    def unpack(self) -> QuantizedWeight:
+        bits, (rows, columns) = self.args.num_bits, self.shape
+        codes = self.weight if bits == 8 else unpack_bits(self.weight, bits, columns)
+        zero = self.zero
+        if zero is not None and zero.dtype == torch.int32:
+            zero = unpack_bits(zero.t(), bits, rows).t().contiguous()
+        return QuantizedWeight(codes, self.scale, zero, self.group_index, self.args)
+
+    def dequantize(self) -> Tensor:
+        """f32[N, K]."""
+        return self.unpack().dequantize()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by the suffix of their constants' names."""
+        parts = {
+            "codes": self.weight,
+            "scale": self.scale,
+            "zero": self.zero,
+            "group_index": self.group_index,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def check(self) -> None:
+        """Raises ValueError: a part has another shape or dtype than the scheme says."""
+        bits, (rows, columns) = self.args.num_bits, self.shape
+        block = self.args.block(rows, columns)
+        groups = -(-columns // block[1])
+        kind = FP8 if self.args.type == "float" else torch.int8 if bits == 8 else torch.int32
+        width = columns if bits == 8 else -(-columns * bits // 32)
+        _expect("codes", self.weight, (kind,), (rows, width))
+        _expect("scale", self.scale, _FLOATS, (-(-rows // block[0]), groups))
+        if self.zero is not None:
+            is_packed = self.zero.dtype == torch.int32
+            _expect(
+                "zero",
+                self.zero,
+                (torch.int32, torch.int8, *_FLOATS),
+                (-(-rows * bits // 32) if is_packed else rows, groups),
+            )
+        if self.group_index is not None:
+            _expect("group_index", self.group_index, (torch.int32,), (columns,))
+            if int(self.group_index.min()) < 0 or int(self.group_index.max()) >= groups:
+                raise ValueError(f"group_index names a group outside 0 to {groups - 1}")
+
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.tensors().values())
+
+
+def _expect(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int] | tuple[int]) -> None:
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(f"{part} is {tensor.dtype} {list(tensor.shape)}, expected {dtypes[0]} {list(shape)}")
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8[R, C] in [-2^(bits-1), 2^(bits-1)) -> int32[R, ceil(C * bits / 32)], low bits first, dense."""
+    rows, columns = codes.shape
+    words = -(-columns * bits // 32)
+    values = codes.to(torch.int64) + 2 ** (bits - 1)
+    packed = torch.zeros(rows, words + 1, dtype=torch.int64, device=codes.device)
+    # A code that straddles two words is split by 64-bit arithmetic: its high part goes to the next word.
+    position = torch.arange(columns, device=codes.device) * bits
+    word, shifted = position // 32, values << (position % 32)
+    packed.index_add_(1, word, shifted & 0xFFFFFFFF)
+    packed.index_add_(1, word + 1, shifted >> 32)
+    low = packed[:, :words]
+    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
+
+
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_bits`: int32[R, W] -> int8[R, columns]."""
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+        narrow: Tensor = (packed[:, :, None] >> shifts) & (2**bits - 1)
+        return narrow.flatten(1)[:, :columns].sub(2 ** (bits - 1)).to(torch.int8)
+    wide: Tensor = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
+    position = torch.arange(columns, device=packed.device) * bits
+    word = position // 32
+    values: Tensor = ((wide[:, word] | (wide[:, word + 1] << 32)) >> (position % 32)) & (2**bits - 1)
+    return values.sub(2 ** (bits - 1)).to(torch.int8)
+
+
+def dequantize_codes(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_index: Tensor | None, block: tuple[int, int]
+) -> Tensor:
+    """(code - zero) * scale, f32[N, K]; `codes` unpacked, `zero` unpacked or floating."""
+    rows, columns = codes.shape
+
+    def spread(values: Tensor) -> Tensor:
+        values = values.float()
+        if block[0] != 1:
+            values = values.repeat_interleave(block[0], 0)[:rows]
+        if group_index is not None:
+            return values[:, group_index.long()]
+        return values if values.shape[1] == 1 else values.repeat_interleave(block[1], 1)[:, :columns]
+
+    values: Tensor = codes.float()
+    if zero is not None:
+        values = values - spread(zero)
+    return values * spread(scale)
+
+
+LIBRARY.define(
+    "linear_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index, Tensor? input_scale, "
+    "Tensor? bias, int bits, int[] block, str activation) -> Tensor"
+)
+
+
+def linear_quantized_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_index: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    block: list[int],
+    activation: str,
+) -> Tensor:
+    """X [..., K] times the transposed stored weight [N, K], plus bias [N] -> [..., N] in x's dtype.
+
+    `activation` is none, or says how x is rounded first: {int8,fp8}-token (one scale a row of x, its largest magnitude
+    over 127 or 448), {int8,fp8}-groupG (the same for each G columns), {int8,fp8}-static (`input_scale`, one number).
+    Without it the dequantized weight is rounded to x's dtype; with it the products are summed in float32.
+    """
+    stored = _unpacked(weight, zero, bits, x.shape[-1])
+    dequantized = dequantize_codes(stored[0], scale, stored[1], group_index, (block[0], block[1]))
+    if activation == "none":
+        return torch.nn.functional.linear(x, dequantized.to(x.dtype), bias)
+    rounded = quantize_activations(x, activation, input_scale)
+    return torch.nn.functional.linear(rounded, dequantized, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _unpacked(weight: Tensor, zero: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    if zero is not None and zero.dtype == torch.int32:
+        zero = unpack_bits(zero.t(), bits, weight.shape[0]).t()
+    return (unpack_bits(weight, bits, columns) if weight.dtype == torch.int32 else weight), zero
+
+
+def quantize_activations(x: Tensor, activation: str, input_scale: Tensor | None) -> Tensor:
+    """X [..., K] rounded to 8 bits and back, f32; see `linear_quantized_reference`. A row of zeros stays zeros."""
+    kind, _, how = activation.partition("-")
+    largest = 127.0 if kind == "int8" else FP8_MAX
+    values = x.float()
+    if how == "static":
+        assert input_scale is not None
+        steps = input_scale.float()
+    else:
+        group = int(how.removeprefix("group")) if how != "token" else x.shape[-1]
+        padded = torch.nn.functional.pad(values, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+        steps = padded.abs().amax(dim=-1) / largest
+        steps = torch.where(steps > 0, steps, torch.ones_like(steps)).repeat_interleave(group, -1)[..., : x.shape[-1]]
+    scaled = (values / steps).clamp(-largest, largest)
+    return (scaled.round() if kind == "int8" else scaled.to(FP8).float()) * steps
+
+
+def _linear_quantized_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_index: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    block: list[int],
+    activation: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+LIBRARY.impl("linear_quantized", linear_quantized_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("optc::linear_quantized", _linear_quantized_fake, lib=LIBRARY)
+
+
+LIBRARY.define(
+    "embedding_quantized(Tensor ids, Tensor weight, Tensor scale, Tensor? zero, int columns, int bits, int[] block, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def embedding_quantized_reference(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    columns: int,
+    bits: int,
+    block: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `ids` i64[...] of the stored weight [V, columns] -> [..., columns] in `dtype`.
+
+    Only these rows are expanded. The scales are of whole rows or of groups in them (`block[0]` is 1).
+    """
+    rows = ids.flatten()
+    if zero is not None and zero.dtype == torch.int32:
+        zero = unpack_bits(zero.t(), bits, weight.shape[0]).t()
+    taken = weight[rows]
+    codes = unpack_bits(taken, bits, columns) if weight.dtype == torch.int32 else taken
+    values = dequantize_codes(codes, scale[rows], None if zero is None else zero[rows], None, (1, block[1]))
+    return values.to(dtype).reshape(*ids.shape, columns)
+
+
+def _embedding_quantized_fake(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    columns: int,
+    bits: int,
+    block: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return scale.new_empty(*ids.shape, columns, dtype=dtype)
+
+
+LIBRARY.impl("embedding_quantized", embedding_quantized_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("optc::embedding_quantized", _embedding_quantized_fake, lib=LIBRARY)
