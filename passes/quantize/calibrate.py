@@ -108,97 +108,148 @@ def calibrate(
         memory_limit: bytes of activations held in memory; more lie in a temporary file.
         on_progress: called with the fraction of the work that is done.
     """
-    wanted = set(inputs)
-    replaced: dict[str, Tensor] = {}
-    with tempfile.TemporaryDirectory(prefix="optc-") as folder:
-        environments = [_Environment(program, sample, Path(folder)) for sample in calibration.samples]
-        budget = _Budget(memory_limit)
-        pieces = list(_pieces(program, wanted))
-        uses = _last_uses(program, pieces)
-        for number, piece in enumerate(pieces):
-            collector = _Collector()
-            for index, environment in enumerate(environments):
-                environment.run(piece, replaced, uses[number], budget)
-                collector.add(environment.get(piece[-1]))
-                on_progress((number + (index + 1) / len(environments)) / len(pieces))
-            replaced |= visit(piece[-1], collector.statistics())
-            still_used = {n.target for later in pieces[number + 1 :] for node in later for n in node.all_input_nodes}
-            replaced = {name: value for name, value in replaced.items() if name in still_used}
+    with Walk(program, calibration.samples, inputs, memory_limit=memory_limit) as walk:
+        for node in walk.run(on_progress):
+            walk.replace(visit(node, walk.statistics()))
 
 
-def _pieces(program: Program, wanted: set[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Runs of nodes, each ending with one that is wanted."""
+class Walk:
+    """All samples on their way through a program, side by side, stopping at each of `inputs`.
+
+    Args:
+        program: a captured program over `input_ids` and `positions` [1, T].
+        samples: each i64[n].
+        inputs: nodes whose values [1, T, K] are to be measured.
+        memory_limit: bytes of activations held in memory; more lie in a temporary file.
+    """
+
+    def __init__(
+        self, program: Program, samples: Sequence[Tensor], inputs: Sequence[fx.Node], *, memory_limit: int = 2**30
+    ) -> None:
+        self._pieces, self._rest = _pieces(program, set(inputs))
+        self._needed = _needed_later(self._pieces, self._rest)
+        self._replaced: dict[str, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="optc-")
+        budget = _Budget(memory_limit, Path(self._folder.name))
+        self._environments = [_Environment(program, sample, budget) for sample in samples]
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def run(self, on_progress: Callable[[float], None] = lambda fraction: None) -> Iterator[fx.Node]:
+        """Go from one input to the next; gives each of them when all samples are there."""
+        for number, piece in enumerate(self._pieces):
+            self._collector = _Collector()
+            for index, environment in enumerate(self._environments):
+                self._collector.add(environment.run(piece, self._replaced, self._needed[number]))
+                on_progress((number + (index + 1) / len(self._environments)) / len(self._pieces))
+            self._number = number
+            yield piece[-1]
+
+    def statistics(self) -> Statistics:
+        """Of the input that `run` gave last."""
+        return self._collector.statistics()
+
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Let all later nodes use these weights, by name."""
+        later = [*self._pieces[self._number + 1 :], self._rest]
+        used = {weight.target for piece in later for node in piece for weight in node.all_input_nodes}
+        self._replaced = {name: value for name, value in (self._replaced | dict(weights)).items() if name in used}
+
+    def outputs(self, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The program's first output for each sample if it went on with these weights; the walk itself stays."""
+        rest = [node for piece in [*self._pieces[self._number + 1 :], self._rest] for node in piece]
+        replaced = self._replaced | dict(weights)
+        for environment in self._environments:
+            yield environment.copy().run(rest, replaced, set())
+
+
+def _pieces(program: Program, wanted: set[fx.Node]) -> tuple[list[list[fx.Node]], list[fx.Node]]:
+    """Runs of nodes that end with one that is wanted; and the nodes after them, up to the first output."""
+    pieces: list[list[fx.Node]] = []
     piece: list[fx.Node] = []
     for node in program.graph.nodes:
-        if node.op != "get_attr":
+        if node.op in ("placeholder", "call_function"):
             piece.append(node)
         if node in wanted:
-            yield piece
+            pieces.append(piece)
             piece = []
+    result = program.graph.output_node().args[0][0]  # type: ignore[index]
+    return pieces, piece[: piece.index(result) + 1] if result in piece else piece  # type: ignore[arg-type]
 
 
-def _last_uses(program: Program, pieces: list[list[fx.Node]]) -> list[set[fx.Node]]:
-    """For each piece, the values that a later piece needs."""
-    needed: set[fx.Node] = set()
+def _needed_later(pieces: list[list[fx.Node]], rest: list[fx.Node]) -> list[set[fx.Node]]:
+    """For each piece, the values that later nodes need."""
+    needed = {used for node in rest for used in node.all_input_nodes if used.op != "get_attr"} - set(rest)
     found = []
     for piece in reversed(pieces):
         found.append(set(needed))
         needed -= set(piece)
-        needed |= {used for node in piece for used in node.all_input_nodes if used.op != "get_attr"}
+        needed |= {used for node in piece for used in node.all_input_nodes if used.op != "get_attr"} - set(piece)
     return found[::-1]
 
 
 class _Budget:
-    """Bytes of activations in memory, and the limit."""
+    """Bytes of activations in memory, the limit, and the folder for what is past it."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.limit, self.folder, self.used = limit, folder, 0
 
 
 class _Environment:
     """One sample's values."""
 
-    def __init__(self, program: Program, tokens: Tensor, folder: Path) -> None:
-        self._module, self._folder = program.module, folder
+    def __init__(self, program: Program, tokens: Tensor, budget: _Budget) -> None:
         given = {"input_ids": tokens[None], "positions": torch.arange(len(tokens))[None]}
-        self._given = iter([given[spec.name] for spec in program.inputs])
+        self._inputs = [given[spec.name] for spec in program.inputs]
+        self._module, self._budget = program.module, budget
         self._values: dict[fx.Node, Any] = {}
         self._held: dict[fx.Node, int] = {}
 
-    def get(self, node: fx.Node) -> Any:
-        return self._values[node]
+    def copy(self) -> _Environment:
+        """The same values; what is done with the copy leaves them as they are."""
+        copied = object.__new__(_Environment)
+        copied.__dict__ |= self.__dict__ | {"_values": dict(self._values), "_held": {}, "_inputs": list(self._inputs)}
+        return copied
 
-    def run(self, piece: list[fx.Node], replaced: Mapping[str, Tensor], keep: set[fx.Node], budget: _Budget) -> None:
-        """Run the nodes of a piece; afterwards only the values in `keep`, and the last node's, are held."""
-        inside = {used: node for node in piece for used in node.all_input_nodes}
-        for node in piece:
-            if node.op == "placeholder":
-                self._values[node] = next(self._given)
-                continue
-            weights = {used: str(used.target) for used in node.all_input_nodes if used.op == "get_attr"}
-            known = {
-                used: replaced[name] if name in replaced else get_weight(self._module, name)
-                for used, name in weights.items()
-            }
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), {**self._values, **known}.__getitem__)
-            self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    def run(self, nodes: list[fx.Node], replaced: Mapping[str, Tensor], keep: set[fx.Node]) -> Tensor:
+        """Run the nodes and give the last one's value; afterwards only the values in `keep` are held."""
+        last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        for node in nodes:
+            self._values[node] = self._inputs.pop(0) if node.op == "placeholder" else self._call(node, replaced)
             for used in node.all_input_nodes:
-                if inside[used] is node and used not in keep:
-                    self._drop(used, budget)
+                if last_use[used] is node and used not in keep:
+                    self._drop(used)
+        result: Tensor = self._values[nodes[-1]]
         for node in list(self._values):
-            if node not in keep and node is not piece[-1]:
-                self._drop(node, budget)
-        for node in piece:
-            if node in keep:
-                self._hold(node, budget)
+            if node not in keep:
+                self._drop(node)
+            elif node not in self._held:
+                self._hold(node)
+        return result
 
-    def _drop(self, node: fx.Node, budget: _Budget) -> None:
+    def _call(self, node: fx.Node, replaced: Mapping[str, Tensor]) -> Any:
+        weights = {used: str(used.target) for used in node.all_input_nodes if used.op == "get_attr"}
+        known = {
+            used: replaced[name] if name in replaced else get_weight(self._module, name)
+            for used, name in weights.items()
+        }
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), (self._values | known).__getitem__)
+        args, kwargs = arguments
+        if node.target is optc.attention.default:
+            return _attention(*args)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _drop(self, node: fx.Node) -> None:
         self._values.pop(node, None)
-        budget.used -= self._held.pop(node, 0)
+        self._budget.used -= self._held.pop(node, 0)
 
-    def _hold(self, node: fx.Node, budget: _Budget) -> None:
+    def _hold(self, node: fx.Node) -> None:
         """Account for a value that stays; past the limit, move it into a file."""
-        value = self._values.get(node)
+        value, budget = self._values[node], self._budget
         if not isinstance(value, Tensor) or value.numel() == 0:
             return
         size = value.numel() * value.element_size()
@@ -207,6 +258,20 @@ class _Environment:
             budget.used += size
             self._held[node] = size
             return
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".bin") as file:
+        with tempfile.NamedTemporaryFile(dir=budget.folder, suffix=".bin") as file:
             mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
             self._values[node] = mapped.view(value.shape).copy_(value)
+            self._held[node] = 0
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None, layer: int
+) -> Tensor:
+    """`optc::attention`; where it is plain causal attention, by PyTorch's kernel, which is faster than the reference."""
+    if softcap > 0 or sinks is not None or 0 < window < q.shape[2]:
+        result: Tensor = optc.attention.default(q, k, v, scale, window, softcap, sinks, layer)
+        return result
+    grouped = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return grouped.transpose(1, 2)
