@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
-from .errors import OptcError
+from .errors import BudgetError, OptcError
 
 _COMMANDS = {
     "compile": "optimizer",
     "targets": "optimizer",
     "passes": "optimizer",
+    "eval": "optimizer",
+    "lm-eval": "optimizer",
     "run": "runtime",
     "inspect": "runtime",
 }
@@ -25,7 +27,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command = getattr(import_module(f".{_COMMANDS[name]}.cli", __package__), f"{name}_command")
+        command = getattr(import_module(f".{_COMMANDS[name]}.cli", __package__), f"{name.replace('-', '_')}_command")
         assert isinstance(command, click.Command)
         return command
 
@@ -36,6 +38,8 @@ class _LazyGroup(click.Group):
         except (OptcError, OSError, MemoryError, ModuleNotFoundError) as error:
             if ctx.params["debug"] or isinstance(error, BrokenPipeError):
                 raise
+            for line in error.details if isinstance(error, BudgetError) else ():
+                click.echo(line, err=True)
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(error.exit_code if isinstance(error, OptcError) else 1)
 

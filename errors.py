@@ -6,6 +6,7 @@
     +-- UnsupportedModelError     the model cannot be compiled, and says which module and what to do
     +-- PassError                 a pass did not match what it promised, or broke the graph
     |   +-- VerificationError     the graph computes something else than before                     (exit code 3)
+    +-- BudgetError               an accuracy or size budget cannot be kept                         (exit code 3)
     +-- TargetError               an unknown target, or one that lacks what was asked for           (exit code 2)
     +-- LoweringError             native code could not be made
     +-- ArtifactError             an artifact cannot be written, read or trusted
@@ -14,6 +15,10 @@
 
 Messages name the thing, what was found, what was expected, and the way out. `assert` is for optc's own invariants.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class OptcError(Exception):
@@ -40,6 +45,16 @@ class PassError(OptcError):
 
 class VerificationError(PassError):
     exit_code = 3
+
+
+class BudgetError(OptcError):
+    """`details` are the lines of the table that says why; the command line prints them first."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
 
 
 class TargetError(OptcError):

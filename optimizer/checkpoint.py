@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
 from .adapter import merge_adapter, read_adapter
 from .capture import attention_names, first_line, rehearse
+from .formats.module import Format
+from .quantized_checkpoint import Quantized, expand, find_format, match_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -32,6 +34,9 @@ _STATEFUL = re.compile(
     r"Mamba|SSM|DeltaNet|LinearAttention|Recurrent|RG_?LRU|RWKV|Rwkv|xLSTM|mLSTM|sLSTM|ShortConv|RetNet|Lightning|Bailing.*Linear"
 )
 
+
+_QUANTIZATION = ("quantization_config", "compression_config")
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Buffers that old checkpoints hold and newer models compute.
 _COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -53,21 +58,27 @@ class Checkpoint:
 
     Attributes:
         model: weights loaded, evaluation mode.
+        folder: that its files lie in.
         source: the path or hub id the user named.
         sha256: hash over the config and the weight files, or over the weights where there are no files.
         tokenizer: None if the checkpoint has none.
         generation: contents of generation_config.json.
         max_model_len: the length limit, decided.
+        files: config.json without its quantization_config, and the tokenizer's own, by their names; none of weights.
+        quantized: the codes of a checkpoint that another tool quantized; the model has them expanded.
         notes: decisions taken.
     """
 
     model: PreTrainedModel
+    folder: Path
     source: str
     sha256: str
     tokenizer: TokenizerData | None
     generation: dict[str, Any]
     max_model_len: int
     adapter: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    quantized: Quantized | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -76,7 +87,12 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: str, *, dtype: str = "auto", adapter: Path | None = None, max_model_len: int | None = None
+    source: str,
+    *,
+    dtype: str = "auto",
+    adapter: Path | None = None,
+    max_model_len: int | None = None,
+    is_quantizing: bool = False,
 ) -> Checkpoint:
     """Load the model that `source` names, after checking that it can be compiled.
 
@@ -85,25 +101,32 @@ def load_checkpoint(
         dtype: auto (as the checkpoint says), float32, bfloat16 or float16.
         adapter: a PEFT LoRA adapter folder to merge into the weights.
         max_model_len: largest number of tokens a sequence may have; the config's by default.
+        is_quantizing: the weights are going to be quantized, which those of a quantized checkpoint cannot be again.
 
     Raises:
         CheckpointError: missing, incomplete or corrupt files, or an adapter of another model.
-        UnsupportedModelError: not a decoder-only language model that optc can compile.
-        UsageError: `max_model_len` beyond what the model's positions can express.
+        UnsupportedModelError: not a decoder-only language model that optc can compile, or quantized in a way it does not read.
+        UsageError: `max_model_len` beyond what the model's positions can express; a quantized checkpoint with an adapter,
+            or to be quantized.
     """
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(source)
     config = _load_config(folder, source)
     refuse_unsupported(config)
+    stored = _load_format(folder, config, source, adapter=adapter, is_quantizing=is_quantizing)
     limit = _length_limit(config, max_model_len)
-    refuse_by_skeleton(config, limit)
-    _check_weight_files(folder)
+    skeleton = refuse_by_skeleton(config, limit)
+    files = _check_weight_files(folder)
     if adapter is not None:
         read_adapter(adapter)  # refused before the weights are loaded, not after
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
-    model = _load_model(folder, config, dtype)
+    quantized = None
+    if stored is None:
+        model = _load_model(folder, config, dtype)
+    else:
+        model, quantized = _load_quantized(folder, files, stored, config, skeleton, dtype)
     if adapter is not None:
         merge_adapter(model, adapter)
     hashed = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
@@ -111,13 +134,49 @@ def load_checkpoint(
         hashed += sorted(p for p in adapter.iterdir() if p.suffix in (".safetensors", ".json"))
     return Checkpoint(
         model=model.eval(),
+        folder=folder,
         source=source,
         sha256=_hash_files(hashed),
         tokenizer=load_tokenizer(folder),
         generation=generation,
         max_model_len=limit,
         adapter=str(adapter) if adapter else None,
+        files=_small_files(folder),
+        quantized=quantized,
+        notes=list(quantized.notes) if quantized else [],
     )
+
+
+def _small_files(folder: Path) -> dict[str, str]:
+    """What a checkpoint of this model needs besides weights and tokenizer.json; of config.json all but the quantization."""
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in _QUANTIZATION}
+    files = {"config.json": json.dumps(config, indent=2) + "\n"}
+    for name in ("generation_config.json", *_TOKENIZER_SETTINGS):
+        if (folder / name).is_file():
+            files[name] = json.dumps(read_json(folder / name), indent=2, ensure_ascii=False) + "\n"
+    return files
+
+
+def _load_format(
+    folder: Path, config: PreTrainedConfig, source: str, *, adapter: Path | None, is_quantizing: bool
+) -> Format | None:
+    """The format of a checkpoint that another tool quantized. It is taken out of `config`: optc reads the weights itself."""
+    stored = find_format(read_json(folder / "config.json"), source)
+    for key in _QUANTIZATION:
+        if hasattr(config, key):
+            delattr(config, key)
+    if stored is None:
+        return None
+    if is_quantizing:
+        raise UsageError(
+            f"{source} is already quantized ({stored.label}); compile it as it is, or take the unquantized checkpoint"
+        )
+    if adapter is not None:
+        raise UsageError(
+            f"{source} is quantized ({stored.label}), and an adapter cannot be merged into codes; merge it into the "
+            "unquantized checkpoint"
+        )
+    return stored
 
 
 def _download(source: str) -> Path:
@@ -181,8 +240,8 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> None:
-    """Raise for what cannot be compiled, from the modules without their weights.
+def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> nn.Module:
+    """Raise for what cannot be compiled, from the modules without their weights; gives those.
 
     Raises:
         UnsupportedModelError: names the module that is in the way, and the way out.
@@ -206,6 +265,8 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> None:
             "use a model with rotary or learned positions"
         )
     rehearse(skeleton, max_model_len)
+    assert isinstance(skeleton, nn.Module)
+    return skeleton
 
 
 def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
@@ -224,7 +285,8 @@ def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
     return wanted
 
 
-def _check_weight_files(folder: Path) -> None:
+def _check_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the weights."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -251,18 +313,34 @@ def _check_weight_files(folder: Path) -> None:
             raise CheckpointError(
                 f"{path}: truncated or corrupt safetensors file ({error}); download it again"
             ) from error
+    return files or sorted(folder.glob("*.safetensors"))
 
 
-def _load_model(folder: Path, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def _load_quantized(
+    folder: Path, files: list[Path], stored: Format, config: PreTrainedConfig, skeleton: nn.Module, dtype: str
+) -> tuple[PreTrainedModel, Quantized]:
+    """A model with its quantized weights as their codes mean them, and the codes."""
+    kind = DTYPES.get(dtype) or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16)
+    expanded = expand(folder, files, stored, skeleton, kind)
+    model = _load_model(folder, config, str(kind).removeprefix("torch."), weights=expanded.tensors)
+    weights, notes = match_parameters(expanded, model, stored.label)
+    return model, Quantized(stored.label, weights, stored.kv_cache, (*stored.notes, *notes))
+
+
+def _load_model(
+    folder: Path, config: PreTrainedConfig, dtype: str, weights: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """The model with the weights in the folder, or with those that are given by the names of a checkpoint."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     transformers.logging.disable_progress_bar()  # the command line shows the stage; a second bar would tear it
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report of the loading; what matters of it is refused below
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+        loaded: Any = model_class.from_pretrained(
+            folder if weights is None else None,
             config=config,
+            state_dict=None if weights is None else dict(weights),
             dtype=DTYPES.get(dtype, "auto"),
             attn_implementation=attention,
             output_loading_info=True,

@@ -1,4 +1,4 @@
-"""The compiler's commands: compile, targets, passes."""
+"""The compiler's commands: compile, targets, passes, eval, lm-eval."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..runtime.manifest import PassRecord
 
+_COLUMNS = (
+    SpinnerColumn(),
+    TextColumn("{task.description:<22}"),
+    BarColumn(bar_width=24),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
 
 @click.command("compile", short_help="Compile a checkpoint into an artifact.")
 @click.argument("model")
@@ -53,6 +61,8 @@ if TYPE_CHECKING:
 )
 @click.option("--calibration-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--eval", "evaluate", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to measure the artifact on, against MODEL in float32; see `optc eval`.")  # fmt: skip
 @click.option(
     "--block-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Tokens a KV-cache block holds."
 )
@@ -94,14 +104,7 @@ def compile_command(
     if dump := options["dump"]:
         dump.mkdir(parents=True, exist_ok=True)  # fails now, not after the model is loaded
     console = Console(stderr=True, quiet=quiet or as_json)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars, console.capture() if console.quiet else _nothing():
+    with Progress(*_COLUMNS, console=console) as bars, console.capture() if console.quiet else _nothing():
         from .compile import Progress as Reports
         from .compile import compile as compile_model
 
@@ -120,7 +123,11 @@ def compile_command(
             error = "" if record.max_error is None else f", max error {record.max_error:.1e}"
             bars.console.print(f"  {record.name}: {record.matches} rewrites, {len(record.declined)} declined{error}")
 
-        reports = Reports(show=show, on_fraction=on_fraction, on_pass=on_pass)
+        def on_warning(warning: str) -> None:
+            if not quiet:
+                click.echo(f"warning: {warning}", err=True)
+
+        reports = Reports(show=show, on_fraction=on_fraction, on_pass=on_pass, on_warning=on_warning)
         compile_model(model, output, verify=not no_verify, progress=reports, **options)
     _report(output, quiet=quiet, as_json=as_json)
 
@@ -144,31 +151,62 @@ def _report(output: Path, *, quiet: bool, as_json: bool) -> None:
         click.echo(f'\nwrote {output}; try: optc run {output} -p "..."')
 
 
-@click.command("targets", short_help="List the hardware that can be compiled for.")
+@click.command("targets", short_help="List the hardware that can be compiled for, and the quantization schemes.")
+@click.option("--schemes", is_flag=True, help="List the schemes of --scheme and of recipes instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def targets_command(as_json: bool) -> None:
-    """List the targets of `optc compile --target`.
+def targets_command(schemes: bool, as_json: bool) -> None:
+    """List the targets of `optc compile --target`, and the scheme that --int8, --int4 and --fp8 mean for each.
 
     \b
     Examples:
       optc targets
+      optc targets --schemes
       optc targets --json
     """
+    if schemes:
+        _list_schemes(as_json=as_json)
+        return
     from dataclasses import asdict
 
+    from .quantization import PRESETS, preset_schemes
     from .targets import TARGETS, find_target
 
     found = [find_target("native"), *TARGETS.values()]
     if as_json:
-        click.echo(json.dumps([asdict(target) for target in found], indent=1))
+        click.echo(json.dumps([{**asdict(target), "presets": preset_schemes(target)} for target in found], indent=1))
         return
-    table = Table("target", "architecture", "memory", "bandwidth", "fast arithmetic (peak TFLOP/s)", "native code")
+    options = [f"--{preset}" for preset in PRESETS]
+    table = Table("target", "arch", "memory", "bandwidth", "fast arithmetic (peak TFLOP/s)", *options, "native code")
     for target in found:
         memory = f"{target.memory_gib} GiB" if target.memory_gib else "-"
         bandwidth = f"{target.bandwidth_gbs} GB/s" if target.bandwidth_gbs else "-"
         rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in target.tflops.items()) or "-"
+        presets = [scheme or "-" for scheme in preset_schemes(target).values()]
         native = "made here" if target.can_build_here() else "pending"
-        table.add_row(target.name, target.architecture, memory, bandwidth, rates, native)
+        table.add_row(target.name, target.architecture, memory, bandwidth, rates, *presets, native)
+    Console().print(table)
+
+
+def _list_schemes(*, as_json: bool) -> None:
+    from ..runtime.scheme import find_scheme, scheme_names
+
+    found = {name: find_scheme(name) for name in scheme_names()}
+    if as_json:
+        records = [
+            {"name": name, "bits_per_weight": scheme.weights.bits_per_weight, **scheme.model_dump(mode="json")}
+            for name, scheme in found.items()
+        ]
+        click.echo(json.dumps(records, indent=1))
+        return
+    table = Table("scheme", "weights", "one scale for", "zero points", "activations", "bits a weight")
+    for name, scheme in found.items():
+        weights = scheme.weights
+        kind = f"INT{weights.num_bits}" if weights.type == "int" else "FP8 E4M3"
+        shared = {"tensor": "the weight", "channel": "a row", "group": f"{weights.group_size} of a row"}
+        scale = shared.get(weights.strategy) or "128 x 128"
+        zero = "no" if weights.symmetric else "yes"
+        activations = "as they are" if scheme.activation == "none" else scheme.activation
+        table.add_row(name, kind, scale, zero, activations, f"{weights.bits_per_weight:g}")
     Console().print(table)
 
 
@@ -199,3 +237,82 @@ def passes_command(as_json: bool) -> None:
     for row in documented:
         table.add_row(*row)
     Console().print(table)
+
+
+@click.command("eval", short_help="Measure an artifact on a text.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), required=True, metavar="FILE", help="UTF-8 text to predict.")
+@click.option("--against", metavar="MODEL",
+              help="Compare with this checkpoint (folder or hub id), run in float32, or with another artifact.")  # fmt: skip
+@click.option(
+    "--window", type=click.IntRange(2), help="Tokens of a window.  [default: the context length, at most 1024]"
+)
+@click.option("--max-windows", type=click.IntRange(1), help="Take only the first so many.  [default: all]")
+@click.option("--no-native", is_flag=True, help="Load no native code: only data, run by known ops.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval_command(
+    artifact: Path,
+    text: Path,
+    against: str | None,
+    window: int | None,
+    max_windows: int | None,
+    no_native: bool,
+    as_json: bool,
+) -> None:
+    """Measure how well ARTIFACT predicts a text, and how far it is from the model that it was made of.
+
+    The text is cut into windows that do not overlap. Each begins with the token that the tokenizer puts before a text,
+    such as BOS; all others are predicted, by the artifact's own step program. With --against: the KL divergence of the
+    next-token distributions in nats, how often both find the same token most likely, and the change of the perplexity.
+
+    \b
+    Examples:
+      optc eval my.optc --text heldout.txt
+      optc eval my.optc --text heldout.txt --against ./my-llama
+      optc eval int4.optc --text heldout.txt --against int8.optc --json
+    """
+    console = Console(stderr=True, quiet=as_json)
+    with Progress(*_COLUMNS, console=console, transient=True) as bars:
+        from ..runtime.report import accuracy_table
+        from .evaluate import evaluate
+
+        task = bars.add_task("evaluate", total=1)
+        record = evaluate(
+            artifact,
+            text,
+            against=against,
+            window=window,
+            max_windows=max_windows,
+            native=not no_native,
+            on_fraction=lambda fraction: bars.update(task, completed=fraction),
+        )
+    if as_json:
+        click.echo(json.dumps({"artifact": str(artifact), **record.model_dump(mode="json")}, indent=1))
+    else:
+        Console().print(accuracy_table(record))
+
+
+@click.command(
+    "lm-eval",
+    short_help="Run lm-eval's tasks on an artifact.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="...")
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
+    """Run the command line of lm-eval (EleutherAI's harness) with the model `optc` added to those it has.
+
+    Arguments of the model: path, native (True), max_length (the context length). --batch_size is how many sequences share
+    a step. Needs pip install "optc[eval]".
+
+    \b
+    Examples:
+      optc lm-eval run --model optc --model_args path=my.optc --tasks hellaswag --batch_size 16
+      optc lm-eval ls tasks
+    """
+    try:
+        from .lm_eval import main
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UsageError('lm-eval is not installed: pip install "optc[eval]"') from error
+    main(list(arguments))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,9 +20,12 @@ from ..errors import UsageError
 from ..passes.base import run_passes
 from ..passes.graph import Program, value_of
 from ..passes.quantize.calibrate import Calibration
+from ..passes.quantize.given import GivenWeight
 from ..passes.quantize.recipe import Recipe
 from ..passes.verify import Probe
+from ..runtime.artifact import open_artifact
 from ..runtime.manifest import (
+    AccuracyRecord,
     KVCacheSpec,
     Manifest,
     MemoryPlan,
@@ -33,18 +37,22 @@ from ..runtime.manifest import (
     checksum_of,
     identity_of,
 )
+from ..runtime.ops.kernels import supports
 from ..runtime.program import encode_program, program_ops, write_program
 from ..runtime.report import report_html
-from .calibration import load_calibration
+from .calibration import check_calibration, overlap, prepare_calibration
 from .capture import capture, capture_module, first_line
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Backend, CompileConfig
+from .evaluate import Windows, evaluate_windows, load_reference, make_windows, read_text
 from .package import check_output, file_records, write_manifest, write_weights, writing
 from .pipeline import shared_passes, step_passes
-from .quantization import make_recipe
+from .quantization import given_recipe, given_weights, make_recipe
 from .targets import find_target
 
-STEP_FILE, SCORE_FILE = "program/step.json", "program/score.json"
+STEP_FILE, SCORE_FILE, REPORT_FILE = "program/step.json", "program/score.json", "report.html"
+_MOST_OVERLAP = 0.01  # of evaluation text in the calibration data
+CHECKPOINT_FOLDER = "checkpoint"
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Progress:
     show: Callable[[str], AbstractContextManager[Any]] = field(default=lambda stage: nullcontext())
     on_fraction: Callable[[float], None] = field(default=lambda fraction: None)
     on_pass: Callable[[PassRecord], None] = field(default=lambda record: None)
+    on_warning: Callable[[str], None] = field(default=lambda warning: None)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -74,6 +83,7 @@ class Captured:
     program: Program
     record: ModelRecord
     checkpoint: Checkpoint | None
+    given: Mapping[str, GivenWeight] = field(default_factory=dict)
 
 
 def compile(
@@ -91,6 +101,7 @@ def compile(
     calibration_samples: int = 128,
     calibration_length: int = 512,
     seed: int = 0,
+    evaluate: str | Path | None = None,
     force: bool = False,
     dump: str | Path | None = None,
     verify: bool = True,
@@ -114,6 +125,7 @@ def compile(
         kv_cache: store keys and values as int8 or fp8.
         calibration: file or folder of text to calibrate on.
         calibration_samples, calibration_length, seed: how many sequences of how many tokens are drawn from it, and how.
+        evaluate: file of text to measure the artifact on, beside the checkpoint in float32, before it is published.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
         verify: compare the logits after every pass with those before, in float32.
@@ -147,6 +159,7 @@ def compile(
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         seed=seed,
+        evaluate=Path(evaluate) if evaluate is not None else None,
         force=force,
         dump=Path(dump) if dump is not None else None,
         verify=verify,
@@ -154,21 +167,35 @@ def compile(
         max_model_len=max_model_len,
     )
     check_output(config.output, force=config.force)
+    if config.calibration is not None:
+        check_calibration(config.calibration)
+    if config.evaluate is not None:
+        read_text(config.evaluate)  # fails now, not after the model is loaded
     progress = progress or Progress()
     if isinstance(model, nn.Module):
         captured = _capture_module(model, example_inputs, config, progress)
     else:
         captured = _capture_checkpoint(config, progress)
+        if captured.checkpoint is not None and captured.checkpoint.quantized is not None:
+            config = replace(config, recipe=given_recipe(captured.checkpoint.quantized, config.recipe))
     return _build(captured, config, progress)
 
 
 def _capture_checkpoint(config: CompileConfig, progress: Progress) -> Captured:
     with progress.stage("load checkpoint"):
         checkpoint = load_checkpoint(
-            config.source, dtype=config.dtype, adapter=config.adapter, max_model_len=config.max_model_len
+            config.source,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            max_model_len=config.max_model_len,
+            is_quantizing=config.recipe is not None and bool(config.recipe.scheme_names()),
         )
     with progress.stage("capture"):
         program, notes = capture(checkpoint.model, checkpoint.max_model_len)
+    given: Mapping[str, GivenWeight] = {}
+    if checkpoint.quantized is not None:
+        given, found = given_weights(checkpoint.quantized, config.target, config.recipe)
+        notes += found
     record = ModelRecord(
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
@@ -181,7 +208,7 @@ def _capture_checkpoint(config: CompileConfig, progress: Progress) -> Captured:
         max_model_len=checkpoint.max_model_len,
         notes=tuple(checkpoint.notes + notes),
     )
-    return Captured(program, record, checkpoint)
+    return Captured(program, record, checkpoint, given)
 
 
 def _capture_module(
@@ -191,6 +218,8 @@ def _capture_module(
         raise UsageError("compiling a module needs example_inputs=(input_ids, positions), each i64[1, T] with T >= 2")
     if config.adapter is not None or config.dtype != "auto":
         raise UsageError("adapter and dtype are for checkpoints; change the module itself")
+    if config.evaluate is not None:
+        raise UsageError("evaluate is for checkpoints with a tokenizer; a module has none")
     limit = 2048 if config.max_model_len is None else config.max_model_len
     if limit < 2:
         raise UsageError(f"max_model_len {limit}: expected at least 2")
@@ -260,11 +289,13 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     model = captured.record
     probe = Probe.random(model.vocab_size, model.max_model_len) if config.verify else None
     score = captured.program
-    calibration = _calibration(captured, config)
+    captured, config, calibration = _prepared(captured, config, progress)
+    windows = _evaluation_windows(captured, config)
+    captured = _with_notes(captured, _overlap_notes(calibration, windows, progress))
     with progress.stage("passes"):
         records = run_passes(
             score,
-            shared_passes(config, calibration, progress.on_fraction),
+            shared_passes(config, calibration, captured.given, progress.on_fraction),
             probe=probe,
             dump=config.dump and config.dump / "shared",
             on_record=progress.on_pass,
@@ -276,23 +307,73 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
         )
     with writing(config.output, force=config.force) as folder:
         manifest = _write(folder, captured, score, step, records, config, progress)
-        write_manifest(folder, manifest)
+        if windows is not None:
+            accuracy = _evaluate(folder, windows, config, progress)
+            manifest = _finish(folder, manifest.model_copy(update={"accuracy": accuracy, "stages": progress.seconds}))
     return config.output
 
 
-def _calibration(captured: Captured, config: CompileConfig) -> Calibration | None:
-    """The data to calibrate on, if the recipe needs any and there is some."""
-    recipe, checkpoint = config.recipe, captured.checkpoint
-    if recipe is None or not recipe.needs_calibration or config.calibration is None:
+def _evaluation_windows(captured: Captured, config: CompileConfig) -> Windows | None:
+    """The text of `--eval`, ready to be run; refused here, before the work, if it cannot be."""
+    if config.evaluate is None:
         return None
-    assert checkpoint is not None and checkpoint.tokenizer is not None
-    return load_calibration(
-        config.calibration,
-        checkpoint.tokenizer,
-        num_samples=config.calibration_samples,
-        sequence_length=config.calibration_length,
-        seed=config.seed,
+    assert captured.checkpoint is not None
+    if captured.checkpoint.tokenizer is None:
+        raise UsageError(f"{config.source}: has no tokenizer, so it cannot be evaluated on a text")
+    tokenizer = tokenizers.Tokenizer.from_str(captured.checkpoint.tokenizer.json)
+    text, limit = read_text(config.evaluate), captured.record.max_model_len
+    return make_windows(tokenizer, text, config.evaluate.name, limit=limit)
+
+
+def _evaluate(folder: Path, windows: Windows, config: CompileConfig, progress: Progress) -> AccuracyRecord:
+    isa = config.target.isa
+    native = isa is None or supports(isa)  # code for a better processor than this one cannot be run here
+    with progress.stage("evaluate"):
+        artifact = open_artifact(folder)
+        reference = load_reference(config.source, artifact, windows, adapter=config.adapter)
+        return evaluate_windows(
+            artifact,
+            windows,
+            reference,
+            against=config.source,
+            native=native,
+            on_fraction=progress.on_fraction,
+        )
+
+
+def _prepared(
+    captured: Captured, config: CompileConfig, progress: Progress
+) -> tuple[Captured, CompileConfig, Calibration | None]:
+    """The recipe as it can be carried out, the data to calibrate on if it uses any, and notes about both."""
+    if config.recipe is None:
+        return captured, config, None
+    with progress.stage("calibration data"):
+        recipe, calibration, notes = prepare_calibration(
+            config.recipe,
+            captured.checkpoint,
+            config.calibration,
+            num_samples=config.calibration_samples,
+            sequence_length=config.calibration_length,
+            seed=config.seed,
+        )
+    return _with_notes(captured, notes), replace(config, recipe=recipe), calibration
+
+
+def _with_notes(captured: Captured, notes: list[str]) -> Captured:
+    record = captured.record
+    return replace(captured, record=record.model_copy(update={"notes": (*record.notes, *notes)}))
+
+
+def _overlap_notes(calibration: Calibration | None, windows: Windows | None, progress: Progress) -> list[str]:
+    """A warning, if the figures of `--eval` are not to be trusted."""
+    if calibration is None or windows is None or (share := overlap(calibration, windows.tokens)) <= _MOST_OVERLAP:
+        return []
+    warning = (
+        f"{share:.1%} of {windows.source} is also in the calibration data {calibration.source}: its accuracy figures are too "
+        "good; evaluate on another text"
     )
+    progress.on_warning(warning)
+    return [warning]
 
 
 def _write(
@@ -315,6 +396,8 @@ def _write(
         )
     native = (_lower(folder, step, config, progress),) if config.backend == "inductor" else ()
     tokenizer = _write_tokenizer(folder, captured.checkpoint)
+    if captured.checkpoint is not None:
+        _write_small_files(folder / CHECKPOINT_FOLDER, captured.checkpoint)
     with progress.stage("hash files"):
         files = file_records(folder)
     manifest = Manifest(
@@ -332,6 +415,7 @@ def _write(
         required_ops=tuple(sorted({op for program in encoded.values() for op in program_ops(program)})),
         native=native,
         quantization=score.quantization,
+        accuracy=None,
         passes=tuple(records),
         stages=progress.seconds,
         memory=_memory_plan(folder, step.kv_cache, config),
@@ -340,10 +424,17 @@ def _write(
         generation=_sampling_defaults(captured.checkpoint),
         files=files,
     )
-    manifest = manifest.model_copy(update={"identity": identity_of(manifest)})
-    (folder / "report.html").write_text(report_html(manifest), encoding="utf-8")
-    manifest = manifest.model_copy(update={"files": file_records(folder, known=files)})
-    return manifest.model_copy(update={"checksum": checksum_of(manifest)})
+    return _finish(folder, manifest.model_copy(update={"identity": identity_of(manifest)}))
+
+
+def _finish(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the report and the manifest, which from here on has its checksum."""
+    known = {name: record for name, record in manifest.files.items() if name != REPORT_FILE}
+    (folder / REPORT_FILE).write_text(report_html(manifest), encoding="utf-8")
+    manifest = manifest.model_copy(update={"files": file_records(folder, known=known)})
+    manifest = manifest.model_copy(update={"checksum": checksum_of(manifest)})
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progress) -> NativeCode:
@@ -397,6 +488,13 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint | None) -> TokenizerRe
         bos_token=data.bos_token,
         eos_token=data.eos_token,
     )
+
+
+def _write_small_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """What `optc export` makes a checkpoint with again; a runtime needs none of it."""
+    folder.mkdir()
+    for name, content in checkpoint.files.items():
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def _memory_plan(folder: Path, layers: list[KVCacheSpec], config: CompileConfig) -> MemoryPlan:

@@ -28,6 +28,7 @@ class CompileConfig:
         calibration_samples: how many sequences.
         calibration_length: tokens of each.
         seed: of the draw.
+        evaluate: text to measure the artifact on, beside the checkpoint; none measures nothing.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
         verify: check the logits after every pass.
@@ -46,6 +47,7 @@ class CompileConfig:
     calibration_samples: int = 128
     calibration_length: int = 512
     seed: int = 0
+    evaluate: Path | None = None
     force: bool = False
     dump: Path | None = None
     verify: bool = True

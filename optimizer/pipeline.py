@@ -6,30 +6,47 @@ the step program, which takes packed tokens of many sequences over a paged KV ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..passes.base import Pass
 from ..passes.canonicalize import Canonicalize
 from ..passes.gather_logits import GatherLogits
 from ..passes.kv_cache import KVCache
 from ..passes.paged_attention import PagedAttention
+from ..passes.quantize.awq import AWQ
 from ..passes.quantize.calibrate import Calibration
+from ..passes.quantize.given import GivenWeight
 from ..passes.quantize.quantize import Quantize
+from ..passes.quantize.recipe import Transform
+from ..passes.quantize.smoothquant import SmoothQuant
+from ..passes.quantize_kv_cache import QuantizeKVCache
 from .config import CompileConfig
+
+_TRANSFORMS: dict[Transform, type[SmoothQuant] | type[AWQ]] = {"smoothquant": SmoothQuant, "awq": AWQ}
 
 
 def shared_passes(
     config: CompileConfig,
     calibration: Calibration | None = None,
+    given: Mapping[str, GivenWeight] | None = None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Pass]:
     """Passes for both programs."""
     passes: list[Pass] = [Canonicalize()]
     if config.recipe is not None:
-        passes += [Quantize(recipe=config.recipe, calibration=calibration, on_progress=on_progress)]
+        for name in config.recipe.transforms:
+            assert calibration is not None  # the recipe was checked
+            transform = _TRANSFORMS[name]
+            passes += [transform(recipe=config.recipe, calibration=calibration, on_progress=on_progress)]
+        passes += [
+            Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)
+        ]
     return passes
 
 
 def step_passes(config: CompileConfig) -> list[Pass]:
     """Passes that make the step program out of the shared graph."""
-    return [KVCache(), PagedAttention(), GatherLogits()]
+    passes: list[Pass] = [KVCache(), PagedAttention(), GatherLogits()]
+    if config.recipe is not None and config.recipe.kv_cache is not None:
+        passes += [QuantizeKVCache(dtype=config.recipe.kv_cache)]
+    return passes

@@ -35,18 +35,6 @@ class Target:
     def isa(self) -> str | None:
         return self.architecture if self.device == "cpu" else None
 
-    def require(self, dtype: str) -> None:
-        """Refuse a dtype that the target has no fast arithmetic for.
-
-        Raises:
-            TargetError: names the targets that have it.
-        """
-        if dtype not in self.tflops:
-            able = ", ".join(target.name for target in TARGETS.values() if dtype in target.tflops)
-            raise TargetError(
-                f"--{dtype} for {self.name}: {self.architecture} has no {dtype.upper()} arithmetic; targets that have: {able}"
-            )
-
     def can_build_here(self) -> bool:
         """Whether native code for the target can be made on this machine: CPU code, for a processor of its family."""
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")

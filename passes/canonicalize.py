@@ -25,6 +25,7 @@ class Canonicalize(Pass):
     3. _to_copy(x, dtype=x.dtype), mul(x, 1.0), slice(x, dim, 0, end)       ->  x
     4. scaled_dot_product_attention(q, k, v, is_causal=True)  ->  transpose(optc.attention(q, k, v), 1, 2)
     5. addmm(bias, x, weight)  ->  linear(x, weight transposed, bias)
+    6. matmul(x, permute(weight, [1, 0]))  ->  linear(x, weight)
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"canonical"})
@@ -123,6 +124,17 @@ def _addmm(program: Program, node: fx.Node, result: Result) -> int:
     return 1
 
 
+def _matmul(program: Program, node: fx.Node, result: Result) -> int:
+    x, other = node.args
+    assert isinstance(x, fx.Node) and isinstance(other, fx.Node)
+    weight = other.args[0] if other.target is aten.permute.default and other.args[1] == [1, 0] else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return 0  # a product of two computed values
+    with replacing(program.graph, node) as new:
+        new.append(call(program.graph, aten.linear.default, x, weight))
+    return 1
+
+
 _RULES: dict[object, Callable[[Program, fx.Node, Result], int]] = {
     aten._assert_tensor_metadata.default: _erase,
     aten.alias.default: _forward_input,
@@ -135,4 +147,5 @@ _RULES: dict[object, Callable[[Program, fx.Node, Result], int]] = {
     aten.slice.Tensor: _whole_slice,
     aten.scaled_dot_product_attention.default: _causal_sdpa,
     aten.addmm.default: _addmm,
+    aten.matmul.default: _matmul,
 }

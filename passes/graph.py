@@ -94,6 +94,16 @@ def add_weight(program: Program, name: str, value: Tensor, source: str, *, layou
     program.layouts[name] = layout
 
 
+def set_weight(program: Program, name: str, value: Tensor, *, layout: Layout) -> None:
+    """Put `value` in the place of a weight, for all nodes that name it; a copied program keeps the weight it has."""
+    owner, _, leaf = name.rpartition(".")
+    module = program.module.get_submodule(owner)
+    delattr(module, leaf)
+    module.register_buffer(leaf, value)
+    program.sources.setdefault(name, name)
+    program.layouts[name] = layout
+
+
 def add_input(program: Program, spec: TensorSpec) -> fx.Node:
     """A new last placeholder."""
     last = program.graph.find_nodes(op="placeholder")[-1]

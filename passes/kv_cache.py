@@ -48,7 +48,7 @@ class KVCache(Pass):
                 dtype=str(key.dtype).removeprefix("torch."),
             )
             program.kv_cache.append(spec)
-            shape = ("N", spec.kv_heads, "S", spec.k_dim + spec.v_dim)
+            shape = ("N", spec.kv_heads, "S", spec.row_size)
             cache = add_input(program, TensorSpec(name=spec.input_name, dtype=spec.dtype, shape=shape))
             with program.graph.inserting_before(node):
                 keys, values = (

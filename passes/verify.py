@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from ..runtime.manifest import TensorSpec
+from ..runtime.ops.attention import LARGEST_CODE
 from .graph import Program, get_weight
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -104,7 +106,10 @@ class Probe:
     def _caches(self, program: Program, num_blocks: int) -> dict[str, Tensor]:
         sizes = {"N": num_blocks, "S": _BLOCK_SIZE}
         specs = [spec for spec in program.inputs if spec.name.startswith("kv_cache.")]
-        return {s.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape]) for s in specs}
+        return {
+            s.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=_cache_dtype(s))
+            for s in specs
+        }
 
     def _paged_logits(self, program: Program) -> list[Tensor]:
         lengths = [len(s) for s in self.sequences]
@@ -139,6 +144,12 @@ class Probe:
             **caches,
         }
         return [values[spec.name] for spec in program.inputs]
+
+
+def _cache_dtype(spec: TensorSpec) -> torch.dtype:
+    """Float32 like the keys and values of the check; a quantized cache keeps its dtype."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype if dtype in LARGEST_CODE else torch.float32
 
 
 def _block_table(lengths: list[int]) -> tuple[Tensor, int]:

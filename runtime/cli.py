@@ -150,14 +150,16 @@ def _typed_lines() -> Iterator[str]:
 @click.command("inspect", short_help="Show what is in an artifact.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--layers", is_flag=True, help="List every quantized weight, each with its scheme and error.")
 @click.option("--verify", is_flag=True, help="Check the digest of every file.")
-def inspect_command(artifact: Path, as_json: bool, verify: bool) -> None:
-    """Show the model, target, KV cache, passes and files of ARTIFACT.
+def inspect_command(artifact: Path, as_json: bool, layers: bool, verify: bool) -> None:
+    """Show the model, target, KV cache, quantization, accuracy, passes and files of ARTIFACT.
 
     \b
     Examples:
       optc inspect my.optc
       optc inspect my.optc --json | jq .identity
+      optc inspect my.optc --layers
       optc inspect my.optc --verify
     """
     from .artifact import open_artifact, read_manifest
@@ -168,7 +170,7 @@ def inspect_command(artifact: Path, as_json: bool, verify: bool) -> None:
         click.echo(manifest.model_dump_json(indent=1))
         return
     console = Console()
-    for table in report_tables(manifest):
+    for table in report_tables(manifest, layers=layers):
         console.print(table)
     if verify:
         click.echo("every file matches its digest")

@@ -55,7 +55,7 @@ class Executor:
                 num_blocks,
                 spec.kv_heads,
                 manifest.block_size,
-                spec.k_dim + spec.v_dim,
+                spec.row_size,
                 dtype=_dtype(artifact, spec.dtype),
                 device=self.device,
             )

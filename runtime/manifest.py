@@ -26,7 +26,10 @@ class TensorSpec(Record):
 
 
 class KVCacheSpec(Record):
-    """Geometry of one layer's KV cache: a buffer [num_blocks, kv_heads, block_size, k_dim + v_dim]."""
+    """Geometry of one layer's KV cache: a buffer [num_blocks, kv_heads, block_size, row_size].
+
+    A cache of dtype int8 or float8_e4m3fn is quantized, see `runtime.ops.attention`.
+    """
 
     layer: int
     kv_heads: int
@@ -39,8 +42,13 @@ class KVCacheSpec(Record):
     def input_name(self) -> str:
         return f"kv_cache.{self.layer}"
 
+    @property
+    def row_size(self) -> int:
+        """Elements a token has for each head: key, value and, if quantized, two float32 scales."""
+        return self.k_dim + self.v_dim + (8 if self.dtype in ("int8", "float8_e4m3fn") else 0)
+
     def bytes_per_token(self, itemsize: int) -> int:
-        return self.kv_heads * (self.k_dim + self.v_dim) * itemsize
+        return self.kv_heads * self.row_size * itemsize
 
 
 class ProgramSpec(Record):
@@ -57,11 +65,11 @@ class FileRecord(Record):
     sha256: str
 
 
-Layout = Literal["plain", "transposed", "folded", "quantized"]
+Layout = Literal["plain", "transposed", "folded", "folded-transposed", "quantized"]
 """How a constant lies beside the checkpoint's tensor; `runtime.unpack` undoes each.
 
 plain: as it is; transposed: [K, N] stored as [N, K]; folded: in its shape, its values changed by a transform that another
-weight makes up for; quantized: a part of a quantized weight, see `QuantizedLayer`.
+weight makes up for; folded-transposed: both; quantized: a part of a quantized weight, see `QuantizedLayer`.
 """
 
 
@@ -104,6 +112,28 @@ class CalibrationRecord(Record):
     seed: int
 
 
+class SensitivityRecord(Record):
+    """What one group of weights costs in each scheme."""
+
+    weights: tuple[str, ...]
+    chosen: str | None
+    kl: dict[str, float] = Field(description="scheme -> mean KL divergence in nats with this group alone in it")
+    bits_per_weight: dict[str, float]
+
+
+class BudgetRecord(Record):
+    """The accuracy budget, and what was measured on text that was not calibrated on."""
+
+    max_kl: float | None
+    max_ppl_increase: float | None = Field(description="as a fraction")
+    bits: float | None
+    kl: float | None = Field(description="of the whole mix, mean, nats a token")
+    ppl_increase: float | None = Field(description="of the whole mix, as a fraction")
+    bits_per_weight: float | None
+    rounds: int = Field(description="mixes that were quantized and measured")
+    groups: tuple[SensitivityRecord, ...]
+
+
 class Quantization(Record):
     """What is stored in fewer bits. Schemes are in the vocabulary of compressed-tensors."""
 
@@ -111,7 +141,45 @@ class Quantization(Record):
     layers: tuple[QuantizedLayer, ...]
     kv_cache_scheme: QuantizationArgs | None
     calibration: CalibrationRecord | None
+    budget: BudgetRecord | None = None
     bits_per_weight: float = Field(description="mean over the quantized weights, scales and zero points included")
+
+
+class Estimate(Record):
+    """A measured figure and how far chance may have moved it."""
+
+    value: float
+    standard_error: float | None = Field(description="over windows as the independent units; null with a single one")
+
+
+class Accuracy(Record):
+    """How well a model predicts a text and, if it was compared with a reference, how far it is from that.
+
+    All are over the predicted tokens. Divergences are KL(reference || model) of the next-token distributions, in nats.
+    """
+
+    windows: int
+    tokens: int = Field(description="how many were predicted")
+    perplexity: Estimate
+    reference_perplexity: Estimate | None
+    perplexity_delta: Estimate | None = Field(description="the model's less the reference's, paired by window")
+    perplexity_increase: Estimate | None = Field(description="that over the reference's; 0.01 is one percent")
+    kl_mean: Estimate | None
+    kl_p99: Estimate | None
+    kl_p999: Estimate | None
+    same_top: Estimate | None = Field(description="share of the positions where both find the same token most likely")
+
+
+class AccuracyRecord(Record):
+    """What `optc eval` measured, and how; the protocol is in docs/evaluation.md."""
+
+    text: str
+    text_sha256: str = Field(description="over the token ids")
+    window: int = Field(description="tokens of a window, those the tokenizer puts first included")
+    prefix: tuple[int, ...] = Field(description="token ids that every window starts with, such as BOS; not predicted")
+    reference: str | None = Field(description="the checkpoint, run in float32 by transformers, or the artifact")
+    native: bool = Field(description="whether the artifact's native code ran, or its portable program")
+    figures: Accuracy
 
 
 class PassRecord(Record):
@@ -201,6 +269,7 @@ class Manifest(Record):
     required_ops: tuple[str, ...]
     native: tuple[NativeCode, ...]
     quantization: Quantization | None
+    accuracy: AccuracyRecord | None = Field(description="measured by `optc compile --eval`")
     passes: tuple[PassRecord, ...]
     stages: dict[str, float] = Field(description="seconds of each stage of the compilation")
     memory: MemoryPlan
@@ -211,12 +280,15 @@ class Manifest(Record):
 
 
 def identity_of(manifest: Manifest) -> str:
-    """sha256 over the parts of `manifest` that decide the tokens: not timings, not its own field, not native code."""
-    content = manifest.model_dump(mode="json", exclude={"identity", "checksum", "native", "files", "stages"})
+    """sha256 over the parts of `manifest` that decide the tokens: no measurement, not its own field, not native code."""
+    unrelated = {"identity", "checksum", "native", "files", "stages", "accuracy"}
+    content = manifest.model_dump(mode="json", exclude=unrelated)
     for record in content["passes"]:
         del record["seconds"], record["max_error"]  # measurements
     for layer in (content["quantization"] or {}).get("layers", ()):
         del layer["error"]  # a measurement
+    if content["quantization"]:
+        del content["quantization"]["budget"]
     for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
         del content["model"][where]
     content["data"] = {

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .manifest import KVCacheSpec, Manifest
+from .manifest import AccuracyRecord, Estimate, KVCacheSpec, Manifest, Quantization, QuantizedLayer
+from .scheme import QuantizationArgs
 
 
-def report_tables(manifest: Manifest) -> Iterator[RenderableType]:
-    """Tables of a manifest, the most important first."""
+def report_tables(manifest: Manifest, *, layers: bool = False) -> Iterator[RenderableType]:
+    """Tables of a manifest, the most important first; with `layers`, one row for each quantized weight."""
     yield _summary(manifest)
+    if manifest.accuracy is not None:
+        yield accuracy_table(manifest.accuracy)
     yield _kv_cache(manifest)
+    if manifest.quantization is not None and manifest.quantization.layers:
+        yield _quantization(manifest.quantization)
+        if layers:
+            yield _layers(manifest.quantization)
     yield _passes(manifest)
     if manifest.stages:
         yield _stages(manifest)
@@ -23,9 +31,9 @@ def report_tables(manifest: Manifest) -> Iterator[RenderableType]:
 
 
 def report_html(manifest: Manifest) -> str:
-    """The same tables as one HTML page."""
+    """All tables as one HTML page."""
     console = Console(record=True, width=130, file=io.StringIO())
-    for table in report_tables(manifest):
+    for table in report_tables(manifest, layers=True):
         console.print(table)
     return console.export_html(inline_styles=True)
 
@@ -63,6 +71,8 @@ def _summary(manifest: Manifest) -> Table:
         "weights",
         f"{format_bytes(memory.weight_bytes)}, {8 * memory.weight_bytes / max(1, model.parameters):.2f} bits a parameter",
     )
+    if (quantization := manifest.quantization) is not None:
+        _add_quantization(table, quantization)
     _add_row(
         table, "KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, blocks of {manifest.block_size} tokens"
     )
@@ -82,6 +92,116 @@ def _summary(manifest: Manifest) -> Table:
     )
     _add_row(table, "identity", manifest.identity)
     return table
+
+
+def _add_quantization(table: Table, quantization: Quantization) -> None:
+    if quantization.layers:
+        bits, count = quantization.bits_per_weight, len(quantization.layers)
+        _add_row(table, "quantized", f"{count} matrices, {bits:.3f} bits a weight, scales and zero points included")
+    if quantization.kv_cache_scheme is not None:
+        _add_row(table, "KV cache scheme", _scheme_text(quantization.kv_cache_scheme))
+    if (calibration := quantization.calibration) is not None:
+        drawn = f"{calibration.num_samples} x {calibration.sequence_length} tokens, seed {calibration.seed}"
+        _add_row(table, "calibrated on", f"{calibration.source}, {drawn}")
+
+
+def _scheme_text(args: QuantizationArgs) -> str:
+    kind = "FP8 E4M3" if args.type == "float" else f"INT{args.num_bits}"
+    when = "computed as it is written" if args.dynamic else "stored"
+    return f"{kind}, a scale a {args.strategy}, {when}"
+
+
+def accuracy_table(accuracy: AccuracyRecord) -> Table:
+    """The figures of an evaluation with their standard errors, and how they were measured."""
+    figures = accuracy.figures
+    start = "each behind the tokenizer's first token, " if accuracy.prefix else ""
+    code = "native code" if accuracy.native else "portable program"
+    caption = (
+        f"{figures.tokens:,} tokens in {figures.windows} windows of {accuracy.window}, not overlapping, {start}by the "
+        f"{code}; standard errors over windows"
+    )
+    against = f" against {accuracy.reference} " if accuracy.reference else " "
+    title = f"Accuracy{against}on {accuracy.text}"
+    table = Table(
+        "", "value", "standard error", title=_plain(title), title_justify="left", caption=caption, min_width=90
+    )
+    rows: list[tuple[str, Estimate | None, float, str]] = [
+        ("perplexity", figures.perplexity, 1, ".3f"),
+        ("perplexity of the reference", figures.reference_perplexity, 1, ".3f"),
+        ("perplexity, difference", figures.perplexity_delta, 1, "+.4f"),
+        ("perplexity, increase in %", figures.perplexity_increase, 100, "+.3f"),
+        ("KL divergence, mean, nats", figures.kl_mean, 1, ".6f"),
+        ("KL divergence, 99 %", figures.kl_p99, 1, ".5f"),
+        ("KL divergence, 99.9 %", figures.kl_p999, 1, ".5f"),
+        ("same most likely token, %", figures.same_top, 100, ".3f"),
+    ]
+    for name, estimate, unit, form in rows:
+        if estimate is not None:
+            error = estimate.standard_error
+            plain = form.removeprefix("+")
+            _add_row(
+                table, name, f"{unit * estimate.value:{form}}", "-" if error is None else f"{unit * error:{plain}}"
+            )
+    return table
+
+
+def _quantization(quantization: Quantization) -> Table:
+    """One row for the weights of a role that have the same scheme and algorithm."""
+    table = Table(
+        "role",
+        "layers",
+        "matrices",
+        "scheme",
+        "algorithm",
+        "bits a weight",
+        "error",
+        title="Quantization",
+        title_justify="left",
+    )
+    groups: dict[tuple[str, str, str], list[QuantizedLayer]] = {}
+    for layer in quantization.layers:
+        groups.setdefault((layer.role, layer.scheme, layer.algorithm), []).append(layer)
+    for (role, scheme, algorithm), members in groups.items():
+        numbers = sorted({number for layer in members if (number := _layer_number(layer.name)) is not None})
+        bits = _range([layer.bits_per_weight for layer in members], ".3f")
+        errors = _range([layer.error for layer in members if layer.error is not None], ".4f")
+        _add_row(table, role, _runs(numbers), str(len(members)), scheme, algorithm, bits, errors)
+    return table
+
+
+def _layers(quantization: Quantization) -> Table:
+    columns = ("weight", "role", "shape", "scheme", "algorithm", "bits a weight", "error")
+    table = Table(*columns, title="Quantized weights", title_justify="left")
+    for layer in quantization.layers:
+        error = "-" if layer.error is None else f"{layer.error:.4f}"
+        shape, bits = " x ".join(map(str, layer.shape)), f"{layer.bits_per_weight:.3f}"
+        _add_row(table, layer.name, layer.role, shape, layer.scheme, layer.algorithm, bits, error)
+    return table
+
+
+def _layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, which is the first in its name."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _runs(numbers: list[int]) -> str:
+    """0-5, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
+
+
+def _range(values: list[float], form: str) -> str:
+    """The least and the greatest."""
+    if not values:
+        return "-"
+    least, greatest = f"{min(values):{form}}", f"{max(values):{form}}"
+    return least if least == greatest else f"{least} to {greatest}"
 
 
 def _kv_cache(manifest: Manifest) -> Table:

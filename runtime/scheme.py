@@ -60,6 +60,13 @@ class QuantizationArgs(Record):
                 return self.block_structure
         return 1, columns
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a code with its share of a group's 16-bit scale and zero point; a whole row's share is next to none."""
+        if self.group_size is None:
+            return float(self.num_bits)
+        return self.num_bits + (16 + (0 if self.symmetric else self.num_bits)) / self.group_size
+
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code.
 

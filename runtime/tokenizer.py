@@ -64,37 +64,59 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: object
     ) -> str:
-        """Apply the chat template to `messages`, each {"role": ..., "content": ...}.
-
-        The template comes from the checkpoint, so it runs in jinja2's immutable sandbox.
+        """Apply the chat template to `messages`; see the function `render_chat`.
 
         Raises:
             RequestError: no chat template, malformed messages, or the template refuses them.
         """
         if self._template is None:
             raise RequestError("this artifact has no chat template; use generate with a prompt")
-        right = isinstance(messages, Sequence) and len(messages) > 0
-        if not right or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-            raise RequestError('messages: expected a list of {"role": ..., "content": ...}, at least one')
-        try:
-            plain = json.loads(
-                json.dumps(list(map(dict, messages)))
-            )  # a template sees data, never the caller's objects
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"messages: expected what JSON can say: {error}") from error
-        try:
-            template = _environment().from_string(self._template)
-            return template.render(
-                messages=plain,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.record.bos_token or "",
-                eos_token=self.record.eos_token or "",
-                **{"tools": None, "documents": None, **variables},
-            )
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-            raise RequestError(f"the chat template failed on these messages: {error}") from error
+        return render_chat(
+            self._template,
+            messages,
+            bos_token=self.record.bos_token,
+            eos_token=self.record.eos_token,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    **variables: object,
+) -> str:
+    """Apply a chat template to `messages`, each {"role": ..., "content": ...}.
+
+    The template comes from the checkpoint, so it runs in jinja2's immutable sandbox.
+
+    Raises:
+        RequestError: malformed messages, or the template refuses them.
+    """
+    right = isinstance(messages, Sequence) and len(messages) > 0
+    if not right or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+        raise RequestError('messages: expected a list of {"role": ..., "content": ...}, at least one')
+    try:
+        # A template sees data, never the caller's objects.
+        plain = json.loads(json.dumps(list(map(dict, messages))))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"messages: expected what JSON can say: {error}") from error
+    try:
+        return _environment().from_string(template).render(
+            messages=plain,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token or "",
+            eos_token=eos_token or "",
+            **{"tools": None, "documents": None, **variables},
+        )  # fmt: skip
+    except jinja2.TemplateError as error:
+        raise RequestError(f"the chat template refuses these messages: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise RequestError(f"the chat template failed on these messages: {error}") from error
 
 
 class _Generation(Extension):

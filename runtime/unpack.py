@@ -28,23 +28,23 @@ def unpack(artifact: Artifact) -> dict[str, Tensor]:
         if record.layout == "quantized" or (record.source in weights and record.layout != "plain"):
             continue
         weights[record.source] = _undo(artifact, name, record, constants)
-    for layer, stored in stored_weights(artifact).items():
+    for layer, stored in stored_weights(artifact):
         value = stored.dequantize()
         weights.setdefault(layer.name, value.t().contiguous() if layer.transposed else value)
     return weights
 
 
-def stored_weights(artifact: Artifact) -> dict[QuantizedLayer, StoredWeight]:
-    """Every quantized weight as it is stored, by its record.
+def stored_weights(artifact: Artifact) -> list[tuple[QuantizedLayer, StoredWeight]]:
+    """Every quantized weight as it is stored, with its record, in the order of their use.
 
     Raises:
         ArtifactError: a part is missing or has another shape or dtype than its scheme says.
     """
     quantization = artifact.manifest.quantization
     if quantization is None:
-        return {}
+        return []
     constants = artifact.constants()
-    found: dict[QuantizedLayer, StoredWeight] = {}
+    found: list[tuple[QuantizedLayer, StoredWeight]] = []
     for layer in quantization.layers:
         try:
             parts = {part: constants[name] for part, name in layer.constants.items()}
@@ -57,13 +57,13 @@ def stored_weights(artifact: Artifact) -> dict[QuantizedLayer, StoredWeight]:
             raise ArtifactError(
                 f"{artifact.path}: the quantized weight {layer.name} cannot be read: {error}; compile the model again"
             ) from error
-        found[layer] = stored
+        found.append((layer, stored))
     return found
 
 
 def _undo(artifact: Artifact, name: str, record: ConstantRecord, constants: dict[str, Tensor]) -> Tensor:
     stored = constants[name]
-    if record.layout != "transposed":
+    if not record.layout.endswith("transposed"):
         return stored
     if stored.dim() != 2:
         raise ArtifactError(

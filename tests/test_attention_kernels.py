@@ -23,7 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from optc.errors import ArtifactError, LoweringError
 from optc.optimizer.lowering.native import build_kernels
 from optc.runtime.ops import kernels
-from optc.runtime.ops.attention import attention_reference, kv_cache_write_reference, paged_attention_reference
+from optc.runtime.ops.attention import (
+    LARGEST_CODE,
+    attention_reference,
+    kv_cache_write_reference,
+    paged_attention_reference,
+)
 from optc.runtime.ops.kernels import host_isa, kernels_loaded, load_kernels, supports
 
 OPS = torch.ops.optc
@@ -32,6 +37,8 @@ OPS = torch.ops.optc
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
 
 DTYPES = list(TOLERANCE)
+
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,6 +69,7 @@ class Case:
     sinks: bool = False
     strided: bool = False
     dtype: torch.dtype = torch.float32
+    cache: torch.dtype | None = None  # of the KV cache, if it is quantized
     seed: int = 0
 
     @property
@@ -87,6 +95,14 @@ class Case:
         v = self.random(batch, self.kv_heads, tokens, self.v_dim)
         return q, k, v, *self.options, self.random_sinks(), 0
 
+    def quantized(self, cache: Tensor) -> Tensor:
+        """The same keys and values as codes; slots that hold NaN get NaN for their scales."""
+        rows = cache.transpose(1, 2).flatten(0, 1)
+        slots = torch.arange(len(rows)).masked_fill(rows[:, 0, 0].isnan(), -1)
+        codes = torch.full((*cache.shape[:3], cache.shape[3] + 8), -1, dtype=torch.int8).view(self.cache)
+        kv_cache_write_reference(rows[..., : self.k_dim], rows[..., self.k_dim :], codes, slots)
+        return codes
+
     def paged_args(self) -> tuple[Any, ...]:
         """For optc::paged_attention. Cache slots of no token hold NaN, entries of block_table past a sequence -1."""
         torch.manual_seed(self.seed)
@@ -103,12 +119,12 @@ class Case:
         starts = torch.tensor([0, *(queries for queries, _ in self.sequences)]).cumsum(0).int()
         lengths = torch.tensor([length for _, length in self.sequences], dtype=torch.int32)
         q = self.random(int(starts[-1]) + self.padding, self.kv_heads * self.group, self.k_dim)
-        cache = cache.to(self.dtype)
+        cache = cache.to(self.dtype) if self.cache is None else self.quantized(cache)
         return q, cache, table, starts, lengths, self.v_dim, *self.options, self.random_sinks()
 
 
 def in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(a.float() if isinstance(a, Tensor) and a.dtype in DTYPES else a for a in args)
 
 
 def check_attention(case: Case) -> None:
@@ -170,6 +186,7 @@ def test_attention(case: Case) -> None:
         sequences=sequences(70, 300),
         block_size=st.sampled_from([8, 16, 32, 5]),
         padding=st.integers(0, 3),
+        cache=st.sampled_from([None, *QUANTIZED]),
         **GEOMETRY,
     )
 )
@@ -193,6 +210,14 @@ def test_fixed(case: Case, dtype: torch.dtype) -> None:
     check_attention(replace(case, dtype=dtype))
 
 
+@pytest.mark.parametrize("cache", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fixed_quantized(dtype: torch.dtype, cache: torch.dtype) -> None:
+    for case in FIXED:
+        check_paged(replace(case, dtype=dtype, cache=cache))
+    check_write(tokens=50, dims=(64, 13), dtype=dtype, cache_dtype=cache)
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_other_isas(isa: str) -> None:
     if isa == os.environ.get("OPTC_TEST_ISA", host_isa()):
@@ -209,7 +234,7 @@ def test_other_isas(isa: str) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("case", [Case(), Case(window=500), Case(sinks=True, softcap=20.0)])
+@pytest.mark.parametrize("case", [Case(), Case(window=500), Case(sinks=True, softcap=20.0), Case(cache=torch.int8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_context(case: Case, dtype: torch.dtype) -> None:
     sequences = ((1, 5000), (3, 2048), (120, 4097), (1, 257))
@@ -230,13 +255,14 @@ def test_extreme_scores(softcap: float) -> None:
     torch.testing.assert_close(out, paged_attention_reference(*exact), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED])
 @pytest.mark.parametrize("queries", [1, 30])
-def test_blocks_before_the_window_may_be_gone(queries: int) -> None:
-    case = Case(sequences=((queries, 500),), window=100, block_size=8)
+def test_blocks_before_the_window_may_be_gone(queries: int, cache_dtype: torch.dtype | None) -> None:
+    case = Case(sequences=((queries, 500),), window=100, block_size=8, cache=cache_dtype)
     q, cache, table, *rest = case.paged_args()
     expected = OPS.paged_attention(q, cache, table, *rest)
     gone = (500 - queries + 1 - case.window) // case.block_size
-    cache[table[0, :gone]] = float("nan")
+    cache.view(torch.int8)[table[0, :gone]] = -1  # NaN
     table[0, :gone] = -1
     assert torch.equal(OPS.paged_attention(q, cache, table, *rest), expected)
 
@@ -251,7 +277,16 @@ def test_nan_stays_visible() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"window": 90, "sinks": True}, {"k_dim": 20, "v_dim": 12, "softcap": 5.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 90, "sinks": True},
+        {"k_dim": 20, "v_dim": 12, "softcap": 5.0},
+        {"cache": torch.int8, "window": 90},
+        {"cache": torch.float8_e4m3fn, "k_dim": 20},
+    ],
+)
 def test_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
     """A token's attention does not depend on the other sequences, the threads, or how its sequence is cut in chunks."""
     case = replace(Case(sequences=((1, 900), (70, 600), (37, 37), (1, 1)), group=3, dtype=dtype), **options)
@@ -286,22 +321,60 @@ def test_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
     block_size=st.sampled_from([8, 16, 32]),
     strided=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    cache_dtype=st.sampled_from([None, *QUANTIZED]),
     seed=st.integers(0, 1000),
 )
-def test_kv_cache_write(
-    tokens: int, kv_heads: int, dims: tuple[int, int], block_size: int, strided: bool, dtype: torch.dtype, seed: int
+def test_kv_cache_write(**options: Any) -> None:
+    check_write(**options)
+
+
+def check_write(
+    *,
+    tokens: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    kv_heads: int = 2,
+    block_size: int = 16,
+    strided: bool = False,
+    seed: int = 0,
 ) -> None:
+    """The kernel writes the reference's bits, codes and scales too, and nothing else."""
     torch.manual_seed(seed)
     case = Case(strided=strided, dtype=dtype)
-    k, v = (case.random(tokens, kv_heads, dim) for dim in dims)
+    k, v = (case.random(tokens, kv_heads, dim) * 10.0 ** torch.randint(-6, 4, (tokens, kv_heads, 1)) for dim in dims)
+    k, v = k.to(dtype), v.to(dtype)
+    v[:1], k[1:2], v[2:3, 0, 0], k[2:3, 0, -1] = 0, torch.inf, torch.nan, -torch.inf
     num_blocks = tokens // block_size + 2
-    cache = torch.randn(num_blocks, kv_heads, block_size, sum(dims)).to(dtype)
+    row = sum(dims) if cache_dtype is None else sum(dims) + 8
+    cache = torch.randint(-128, 128, (num_blocks, kv_heads, block_size, row), dtype=torch.int8)
+    cache = cache.to(dtype) if cache_dtype is None else cache.view(cache_dtype)
     slots = torch.randperm(num_blocks * block_size)[:tokens]
     slots[torch.rand(tokens) < 0.2] = -1
     expected = cache.clone()
     kv_cache_write_reference(k, v, expected, slots)
     OPS.kv_cache_write(k, v, cache, slots)
-    assert torch.equal(cache, expected)
+    if cache_dtype is None:
+        assert torch.equal(cache.nan_to_num(), expected.nan_to_num())
+    else:
+        assert torch.equal(cache.view(torch.int8), expected.view(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_every_16_bit_float_gets_the_same_codes(dtype: torch.dtype) -> None:
+    """With a scale of one, so that ties and the numbers below the smallest normal one are among them."""
+    largest = LARGEST_CODE[dtype]
+    for bits in (torch.float16, torch.bfloat16):
+        values = torch.arange(-(2**15), 2**15).to(torch.int16).view(bits).float()
+        values = values[values.abs() <= largest]
+        rows = torch.cat([values, values.new_zeros(-len(values) % 7)]).view(-1, 1, 7)
+        k = torch.cat([rows, torch.full((len(rows), 1, 1), largest)], dim=-1)
+        cache = torch.zeros(1, 1, len(k), 8 + 1 + 8, dtype=dtype)
+        expected = cache.clone()
+        where = torch.arange(len(k))
+        kv_cache_write_reference(k, k[..., :1], expected, where)
+        OPS.kv_cache_write(k, k[..., :1], cache, where)
+        assert torch.equal(cache.view(torch.int8), expected.view(torch.int8))
 
 
 def test_columns_that_are_not_adjacent() -> None:
@@ -333,6 +406,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.attention.default, case.attention_args(), test_utils=tests)
     k, v, cache = (torch.randn(shape).to(dtype) for shape in [(3, 2, 8), (3, 2, 4), (5, 2, 8, 12)])
     torch.library.opcheck(OPS.kv_cache_write.default, (k, v, cache, torch.tensor([7, -1, 39])), test_utils=tests)
+    codes = torch.zeros(5, 2, 8, 20, dtype=torch.int8)
+    torch.library.opcheck(OPS.kv_cache_write.default, (k, v, codes, torch.tensor([7, -1, 39])), test_utils=tests)
+    args[1] = torch.zeros(*args[1].shape[:3], args[1].shape[3] + 8, dtype=torch.int8)
+    torch.library.opcheck(OPS.paged_attention.default, tuple(args), test_utils=tests)
 
 
 PAGED_ARGS = ("q", "kv_cache", "block_table", "query_start_loc", "seq_lens", "v_dim")
@@ -353,6 +430,9 @@ PAGED_ARGS = ("q", "kv_cache", "block_table", "query_start_loc", "seq_lens", "v_
         ("q", torch.randn(4, 4, 16).bfloat16(), "kv_cache has dtype Float, expected BFloat16"),
         ("q", torch.randn(4, 3, 16), "3 query heads cannot share 2 KV heads evenly"),
         ("v_dim", 15, r"kv_cache has shape \[4, 2, 16, 32\], expected \[\*, 2, 16, 31\]"),
+        ("kv_cache", torch.zeros(4, 2, 16, 32, dtype=torch.int8), r"kv_cache has shape .*, expected \[\*, 2, 16, 40\]"),
+        ("kv_cache", torch.zeros(4, 2, 16, 32, dtype=torch.uint8), "kv_cache has dtype Byte, expected Float"),
+        ("kv_cache", torch.zeros(4, 16, 2, 40, dtype=torch.int8).transpose(1, 2), "kv_cache must be contiguous"),
     ],
 )
 def test_bad_batches_raise(argument: str, value: object, message: str) -> None:
@@ -370,7 +450,14 @@ def test_bad_writes_raise_and_write_nothing() -> None:
         OPS.kv_cache_write(k, v, cache.bfloat16(), torch.tensor([0, 1, 2]))
     with pytest.raises(RuntimeError, match=r"slot_mapping has shape \[2\], expected \[3\]"):
         OPS.kv_cache_write(k, v, cache, torch.tensor([0, 1]))
-    assert not cache.any()
+    codes = torch.zeros(5, 2, 8, 20, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="v has dtype BFloat16, expected Float"):
+        OPS.kv_cache_write(k, v.bfloat16(), codes, torch.tensor([0, 1, 2]))
+    with pytest.raises(
+        RuntimeError, match="kv_cache_write supports float32, bfloat16 and float16 on the CPU, not Double"
+    ):
+        OPS.kv_cache_write(k.double(), v.double(), codes, torch.tensor([0, 1, 2]))
+    assert not cache.any() and not codes.any()
 
 
 def test_bad_attention_raises() -> None:

@@ -129,6 +129,7 @@ class Walk:
         self._pieces, self._rest = _pieces(program, set(inputs))
         self._needed = _needed_later(self._pieces, self._rest)
         self._replaced: dict[str, Tensor] = {}
+        self._number = -1  # of the piece that ran last
         self._folder = tempfile.TemporaryDirectory(prefix="optc-")
         budget = _Budget(memory_limit, Path(self._folder.name))
         self._environments = [_Environment(program, sample, budget) for sample in samples]

@@ -17,6 +17,8 @@ from ...runtime.scheme import QuantizationArgs
 from ..base import Pass, Result
 from ..graph import Program, add_weight, call, get_weight, replacing, value_of
 from .calibrate import Calibration, Statistics, calibrate
+from .given import GivenWeight, name_schemes
+from .hqq import hqq
 from .recipe import Assignment, Recipe, activation_args, assign
 from .roles import Candidate, find_candidates
 from .rtn import rtn
@@ -27,7 +29,7 @@ optc = torch.ops.optc
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
     """linear(x, weight [N, K], bias)  ->  optc.linear_quantized(x, codes, scale, zero?, group_index?, input_scale?, bias)
-    embedding(weight [V, K], ids)  ->  optc.embedding_quantized(ids, codes, scale, zero?)
+    embedding(weight [V, K], ids)  ->  optc.embedding_quantized(ids, codes, scale, zero?, group_index?)
 
     The recipe says which weights get which scheme, and how codes are chosen; weights that the checkpoint already has as
     codes keep them, to the bit. A weight that several nodes use is stored once. Records what it did in
@@ -39,7 +41,7 @@ class Quantize(Pass):
 
     recipe: Recipe
     calibration: Calibration | None = None
-    given: Mapping[str, StoredWeight] = field(default_factory=dict, repr=False)
+    given: Mapping[str, GivenWeight] = field(default_factory=dict, repr=False)
     on_progress: Callable[[float], None] = field(default=lambda fraction: None, repr=False)
 
     @property
@@ -57,12 +59,17 @@ class Quantize(Pass):
         for node, reason in declined:
             result.decline(node, reason)
         names = {candidate.name: program.sources.get(candidate.name, candidate.name) for candidate in candidates}
-        assignments = assign(self.recipe, candidates, names)
+        given = {name: self.given[source] for name, source in names.items() if source in self.given}
+        scheme_names = name_schemes(given)
+        assignments = assign(self.recipe, [c for c in candidates if c.name not in given], names)
+        assignments |= {
+            name: Assignment(scheme_names[weight.scheme], weight.scheme, "given") for name, weight in given.items()
+        }
         chosen = [candidate for candidate in candidates if candidate.name in assignments]
         for candidate in candidates:
             if candidate.name not in assignments:
                 result.decline((*candidate.linears, *candidate.embeddings)[0], f"{candidate.role}: full precision")
-        work = _Work(program, assignments)
+        work = _Work(program, assignments, given)
         for candidate in chosen:
             _check_finite(names[candidate.name], get_weight(program.module, candidate.name))
         if self.calibration is not None:
@@ -85,18 +92,22 @@ class Quantize(Pass):
 class _Work:
     """The codes chosen so far."""
 
-    def __init__(self, program: Program, assignments: Mapping[str, Assignment]) -> None:
+    def __init__(
+        self, program: Program, assignments: Mapping[str, Assignment], given: Mapping[str, GivenWeight]
+    ) -> None:
         self.program, self.assignments = program, assignments
-        self.stored: dict[str, StoredWeight] = {}
-        self.input_scales: dict[str, Tensor] = {}
-        self.errors: dict[str, float] = {}
+        self.stored: dict[str, StoredWeight] = {name: weight.stored for name, weight in given.items()}
+        self.input_scales: dict[str, Tensor] = {
+            name: weight.input_scale for name, weight in given.items() if weight.input_scale is not None
+        }
+        self.errors: dict[str, float | None] = dict.fromkeys(given)
 
     def calibrated(
         self, chosen: list[Candidate], calibration: Calibration, on_progress: Callable[[float], None]
     ) -> None:
         """Choose the codes of linear layers one input after the other, each with those before it quantized."""
         by_input: dict[fx.Node, list[str]] = {}
-        seen: set[str] = set()
+        seen: set[str] = set(self.stored)
         for candidate in chosen:
             for linear in candidate.linears:
                 if candidate.name not in seen and candidate.role != "lm_head":
@@ -137,6 +148,8 @@ def round_weight(
 ) -> QuantizedWeight:
     """Weight f32[N, K] as codes, chosen as the assignment says; GPTQ without statistics rounds to nearest."""
     args = assignment.scheme.weights
+    if assignment.rounding == "hqq":
+        return hqq(weight, args, dtype)
     importance = statistics.hessian.diagonal() if statistics is not None else None
     return rtn(weight, args, dtype, mse=assignment.rounding != "rtn-minmax", importance=importance)
 
@@ -179,14 +192,14 @@ def _rewrite(program: Program, candidate: Candidate, work: _Work, source: str) -
     for node in candidate.embeddings:
         ids, dtype = node.args[1], value_of(node).dtype
         with replacing(program.graph, node) as new:
-            inputs = (ids, *(part(which) for which in ("codes", "scale", "zero")))
+            inputs = (ids, *(part(which) for which in ("codes", "scale", "zero", "group_index")))
             how = (stored.shape[1], bits, block, dtype)
             new.append(call(program.graph, optc.embedding_quantized.default, *inputs, *how))
     return QuantizedLayer(
         name=source,
         role=candidate.role,
         shape=candidate.shape,
-        transposed=program.layouts.get(name) == "transposed",
+        transposed=program.layouts.get(name, "plain").endswith("transposed"),
         scheme=assignment.scheme_name,
         algorithm=assignment.rounding,
         constants=constants,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,7 +31,7 @@ class Rule(Record):
 
     Attributes:
         role: attention, mlp, lm_head, embedding or medusa.
-        name: pattern of the checkpoint's names, such as `model.layers.0.*`.
+        name: pattern of the checkpoint's names, with or without `.weight` at the end, such as `model.layers.0.*`.
         scheme: a name that `find_scheme` knows, or none for full precision.
         rounding: how codes are chosen; the recipe's if not given.
     """
@@ -41,7 +42,10 @@ class Rule(Record):
     rounding: Rounding | None = None
 
     def matches(self, role: Role, name: str) -> bool:
-        return self.role in (None, role) and (self.name is None or fnmatch.fnmatchcase(name, self.name))
+        names = (name, name.removesuffix(".weight"))
+        return self.role in (None, role) and (
+            self.name is None or any(fnmatch.fnmatchcase(n, self.name) for n in names)
+        )
 
     def describe(self) -> str:
         return " and ".join(
@@ -57,7 +61,8 @@ class Recipe(Record):
 
     Attributes:
         default: scheme of attention and MLP layers that no rule matches; none keeps them.
-        rounding: how codes are chosen where the rule does not say.
+        rounding: how codes are chosen where the rule does not say; by default gptq for codes of less than 8 bits if
+            there is calibration data, else rtn. FP8 codes are always rounded to nearest.
         transforms: rewrites of the float weights before that, in this order.
         rules: see above.
         kv_cache: int8, fp8, or none for the model's dtype.
@@ -66,38 +71,61 @@ class Recipe(Record):
     """
 
     default: str = KEEP
-    rounding: Rounding = "gptq"
+    rounding: Rounding | None = None
     transforms: tuple[Transform, ...] = ()
     rules: tuple[Rule, ...] = ()
     kv_cache: Literal["int8", "fp8"] | None = None
     adapt: bool = False
 
     @property
-    def needs_calibration(self) -> bool:
+    def uses_calibration(self) -> bool:
         """Whether any codes depend on activations."""
-        roundings = {self.rounding, *(rule.rounding for rule in self.rules)}
-        names = {self.default, *(rule.scheme for rule in self.rules)} - {KEEP}
-        static = any(find_scheme(name).activation.endswith("static") for name in names)
-        return bool(self.transforms) or "gptq" in roundings or static
+        gptq = any(rounding_for(scheme, rounding) == "gptq" for scheme, rounding in self._schemes())
+        return gptq or self.requires_calibration is not None
+
+    @property
+    def requires_calibration(self) -> str | None:
+        """What the recipe asks for by name that cannot be done without calibration data, if anything."""
+        if self.transforms:
+            return self.transforms[0]
+        for scheme, rounding in self._schemes():
+            if scheme.activation.endswith("static"):
+                return "a static scale of activations"
+            if rounding == "gptq" == rounding_for(scheme, rounding):
+                return rounding
+        return None
 
     def without_calibration(self) -> Recipe:
-        """The same schemes with codes that need no data: GPTQ becomes rounding to nearest, transforms are left out."""
-        rules = tuple(
-            rule.model_copy(update={"rounding": "rtn"}) if rule.rounding == "gptq" else rule for rule in self.rules
-        )
-        rounding = "rtn" if self.rounding == "gptq" else self.rounding
-        return self.model_copy(update={"rounding": rounding, "transforms": (), "rules": rules})
+        """The same schemes with codes that need no data: what would be GPTQ by default is rounded to nearest."""
+        assert self.requires_calibration is None
+        return self.model_copy(update={"rounding": self.rounding or "rtn"})
+
+    def scheme_names(self) -> list[str]:
+        """Of the default and the rules, each once."""
+        names = [self.default, *(rule.scheme for rule in self.rules)]
+        return [name for name in dict.fromkeys(names) if name != KEEP]
+
+    def _schemes(self) -> Iterator[tuple[Scheme, Rounding | None]]:
+        for name, rounding in [(self.default, None), *((rule.scheme, rule.rounding) for rule in self.rules)]:
+            if name != KEEP:
+                yield find_scheme(name), rounding or self.rounding
 
     def check_names(self) -> None:
         """Raises UsageError: a scheme that does not exist, or a rule for routers."""
-        for name in [self.default, *(rule.scheme for rule in self.rules)]:
-            if name != KEEP:
-                find_scheme(name)
+        for name in self.scheme_names():
+            find_scheme(name)
         for rule in self.rules:
             if rule.role == "router" and rule.scheme != KEEP:
                 raise UsageError("a rule for the role router: routers stay in full precision; remove it")
             if rule.role is None and rule.name is None:
                 raise UsageError("a rule with neither role nor name; give one, or set the recipe's default")
+
+
+def rounding_for(scheme: Scheme, asked: Rounding | None) -> Rounding:
+    """How the codes of a scheme are chosen, if that is what the recipe asks for."""
+    if scheme.weights.type == "float":
+        return "rtn-minmax" if asked == "rtn-minmax" else "rtn"
+    return asked or ("gptq" if scheme.weights.num_bits < 8 else "rtn")
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,7 @@ class Assignment:
 
     scheme_name: str
     scheme: Scheme
-    rounding: Rounding
+    rounding: Rounding | Literal["given"]  # by the checkpoint
 
 
 def assign(recipe: Recipe, candidates: Sequence[Candidate], names: dict[str, str]) -> dict[str, Assignment]:
@@ -118,16 +146,22 @@ def assign(recipe: Recipe, candidates: Sequence[Candidate], names: dict[str, str
         names: checkpoint name of each candidate, which the patterns are for.
 
     Raises:
-        UsageError: a rule that matches nothing (lists near names), a group size that does not divide, or rules that
-            disagree about a tied weight.
+        UsageError: a rule that matches nothing (lists near names), a group size that does not divide, rules that
+            disagree about a tied weight, or nothing to quantize.
     """
     for rule in recipe.rules:
         if not any(rule.matches(role, names[c.name]) for c in candidates for role in _roles(c)):
             raise UsageError(_matches_nothing(rule, candidates, names))
-    found = {}
+    found: dict[str, Assignment] = {}
     for candidate in candidates:
         if assignment := _assign(recipe, candidate, names[candidate.name]):
             found[candidate.name] = assignment
+    if not found and recipe.default != KEEP:
+        present = ", ".join(sorted({role for candidate in candidates for role in _roles(candidate)})) or "no"
+        raise UsageError(
+            f"{recipe.default} is for the attention and MLP layers, and there are none to quantize: the model has weights "
+            f"of the roles {present}; name those in a recipe, or leave quantization out"
+        )
     return found
 
 
@@ -147,9 +181,7 @@ def _assign(recipe: Recipe, candidate: Candidate, name: str) -> Assignment | Non
     if rule.scheme == KEEP or candidate.role == "router":
         return None
     scheme_name, scheme = _fit(rule.scheme, candidate, name, adapt=recipe.adapt)
-    rounding = rule.rounding or recipe.rounding
-    if scheme.weights.type == "float" and rounding != "rtn-minmax":
-        rounding = "rtn"
+    rounding = rounding_for(scheme, rule.rounding or recipe.rounding)
     if not candidate.linears and rounding == "gptq":
         rounding = "rtn"  # an embedding is looked up, never multiplied: there is no input to measure
     return Assignment(scheme_name, scheme, rounding)
@@ -181,10 +213,30 @@ def _fit(name: str, candidate: Candidate, weight: str, *, adapt: bool) -> tuple[
 
 def _matches_nothing(rule: Rule, candidates: Sequence[Candidate], names: dict[str, str]) -> str:
     if rule.name is None:
-        return f"the recipe's rule for {rule.describe()} matches nothing: the model has no such weight; remove the rule"
-    known = [names[candidate.name] for candidate in candidates]
-    near = difflib.get_close_matches(rule.name, known, n=3, cutoff=0.0)
+        present = ", ".join(sorted({role for candidate in candidates for role in _roles(candidate)}))
+        return (
+            f"the recipe's rule for {rule.describe()} matches nothing: the model has weights of the roles {present}; remove "
+            "the rule"
+        )
+    of_role = [c for c in candidates if rule.role is None or rule.role in _roles(c)]
+    near = near_names(rule.name, [names[candidate.name] for candidate in of_role or candidates])
     return f"the recipe's rule for {rule.describe()} matches no weight; names like it: {', '.join(near)}"
+
+
+def near_names(pattern: str, known: Sequence[str], count: int = 3) -> list[str]:
+    """The names most like a pattern, with * in place of the numbers of layers.
+
+    What the pattern says literally is compared with every run of a name's parts, so that `*.qproj.*` finds q_proj.
+    """
+    literal = re.sub(r"[*?]|\[.*?\]", "", re.sub(r"\.(\d+|\*)(?=\.)", "", pattern)).strip(".").replace("..", ".")
+    collapsed = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in known)
+
+    def likeness(name: str) -> float:
+        parts = [part for part in name.split(".") if part != "*"]
+        runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        return max(difflib.SequenceMatcher(None, literal, run).ratio() for run in runs)
+
+    return sorted(collapsed, key=likeness, reverse=True)[:count]
 
 
 def activation_args(kind: Literal["int8", "fp8"]) -> QuantizationArgs:

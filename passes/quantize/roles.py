@@ -16,6 +16,7 @@ aten, optc = torch.ops.aten, torch.ops.optc
 _LINEAR, _EMBEDDING = aten.linear.default, aten.embedding.default
 _CHOOSES = (aten.topk.default, aten.sort.default, aten.argsort.default)
 _MIXES = (_LINEAR, optc.attention.default, optc.grouped_mm.default)
+_FEW = 8  # a layer with fewer inputs or outputs is a gate, and as good as weightless
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,39 @@ def _used_otherwise(program: Program) -> dict[str, str]:
 def role_of(linear: fx.Node) -> Role:
     """What a linear layer is for.
 
-    lm_head: nothing but the output uses its result. attention: everything that its result reaches, it reaches through an
-    attention node; or its input comes from one without another linear layer between. router: its result chooses (topk),
-    without another linear layer between. mlp: the rest.
+    lm_head: nothing but the output uses its result.
+    router: its result chooses (topk) without another linear layer between; or it is a gate of a few numbers a token, as
+        that of Qwen2-MoE's shared expert.
+    attention: everything that its result reaches, it reaches through an attention node (q, k, v and what they are made
+        from); or its input comes from one without another linear layer between (o); or it gates such an input.
+    mlp: the rest.
     """
-    after = _reach(linear, lambda node: list(node.users), stop=lambda node: node.target in _MIXES)
-    if any(node.op == "output" for node in after) and not any(node.target in _MIXES for node in after):
+    after = _reach(linear, lambda node: list(node.users), stop=_is_mix)
+    mixes = [node for node in after if _is_mix(node)]
+    if any(node.op == "output" for node in after) and not mixes:
         return "lm_head"
-    if any(node.target in _CHOOSES for node in after):
+    if any(node.target in _CHOOSES for node in after) or min(value_of(linear.args[1]).shape) < _FEW:
         return "router"
     beyond_attention = _reach(
         linear, lambda node: list(node.users), stop=lambda node: node.target is optc.attention.default
     )
-    if not any(node.op == "output" for node in beyond_attention):
+    if not any(node.op == "output" for node in beyond_attention) or _takes_attention(linear):
         return "attention"
-    before = _reach(
-        linear.all_input_nodes[0], lambda node: list(node.all_input_nodes), stop=lambda node: node.target in _MIXES
-    )
-    return "attention" if _comes_from_attention(linear.all_input_nodes[0], before) else "mlp"
+    return "attention" if mixes and all(map(_takes_attention, mixes)) else "mlp"
 
 
-def _comes_from_attention(x: fx.Node, before: set[fx.Node]) -> bool:
-    """Whether x is an attention's result, reshaped or gated, and not a stream that many layers were added to."""
-    sources = {node for node in {*before, x} if node.target in _MIXES or node.target is _EMBEDDING}
-    kinds = [node.target for node in sources]
-    return kinds.count(optc.attention.default) == 1 and _EMBEDDING not in kinds
+def _takes_attention(linear: fx.Node) -> bool:
+    """Whether a linear layer's input is an attention's result, reshaped or gated, and not a stream that many layers were
+    added to, which the embedding is part of.
+    """
+    x = linear.all_input_nodes[0]
+    before = {*_reach(x, lambda node: list(node.all_input_nodes), stop=_is_mix), x} if not _is_mix(x) else {x}
+    targets = [node.target for node in before]
+    return linear.target is _LINEAR and optc.attention.default in targets and _EMBEDDING not in targets
+
+
+def _is_mix(node: fx.Node) -> bool:
+    return node.target in _MIXES
 
 
 def _reach(start: fx.Node, step: Callable[[fx.Node], list[fx.Node]], stop: Callable[[fx.Node], bool]) -> set[fx.Node]:

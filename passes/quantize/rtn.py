@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...runtime.ops.quantized import FP8, FP8_MAX, QuantizedWeight
 from ...runtime.scheme import QuantizationArgs
 
-_GRID = torch.linspace(1.0, 0.4, 61).tolist()
+GRID: tuple[float, ...] = tuple(torch.linspace(1.0, 0.4, 61).tolist())
 _ROWS_AT_ONCE = 2**20
 
 
@@ -19,6 +21,7 @@ def rtn(
     *,
     mse: bool = True,
     importance: Tensor | None = None,
+    grid: Sequence[float] = GRID,
 ) -> QuantizedWeight:
     """Round each weight to the nearest code.
 
@@ -28,8 +31,9 @@ def rtn(
         scale_dtype: what scales are stored in; codes are chosen for the scale as it is stored.
         mse: choose each scale for the least squared error, over a grid down to 0.4 of the range; else for the range.
         importance: f32[K]: weights of the squared errors of each column, such as the mean square of its input.
+        grid: the fractions of the range that are tried.
     """
-    scale, zero = choose_scales(weight, args, scale_dtype, mse=mse, importance=importance)
+    scale, zero = choose_scales(weight, args, scale_dtype, mse=mse, importance=importance, grid=grid)
     return QuantizedWeight(round_to(weight, scale, zero, args), scale, zero, None, args)
 
 
@@ -40,6 +44,7 @@ def choose_scales(
     *,
     mse: bool = True,
     importance: Tensor | None = None,
+    grid: Sequence[float] = GRID,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale [ceil(N / rows), ceil(K / columns)] in `scale_dtype` and, if asymmetric, zero points int8 of that shape."""
     blocks = _blocks(weight, args)
@@ -53,7 +58,7 @@ def choose_scales(
     groups = blocks.shape[1]
     for start in range(0, blocks.shape[0], max(1, count // groups)):
         part = blocks[start : start + max(1, count // groups)]
-        scale, zero = _search(part, args, scale_dtype, weights if mse else None, mse=mse)
+        scale, zero = _search(part, args, scale_dtype, weights if mse else None, grid if mse else ())
         scales.append(scale)
         zeros.append(zero)
     return torch.cat(scales), None if args.symmetric else torch.cat(zeros).to(torch.int8)
@@ -68,16 +73,16 @@ def _blocks(weight: Tensor, args: QuantizationArgs) -> Tensor:
 
 
 def _search(
-    blocks: Tensor, args: QuantizationArgs, dtype: torch.dtype, importance: Tensor | None, *, mse: bool
+    blocks: Tensor, args: QuantizationArgs, dtype: torch.dtype, importance: Tensor | None, grid: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point of each block [R, G, E] -> [R, G]."""
     best_scale, best_zero = _from_range(blocks, args, dtype, 1.0, 1.0)
-    if not mse:
+    if not grid:
         return best_scale, best_zero
     best = _loss(blocks, best_scale, best_zero, args, importance)
     # A symmetric integer range has one code more below zero; a negative scale turns it upside down.
     signs = (1.0, -1.0) if args.type == "int" and args.symmetric and args.num_bits < 8 else (1.0,)
-    for shrink in _GRID:
+    for shrink in grid:
         for sign in signs:
             scale, zero = _from_range(blocks, args, dtype, shrink, sign)
             loss = _loss(blocks, scale, zero, args, importance)
@@ -113,12 +118,12 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loss(blocks: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs, importance: Tensor | None) -> Tensor:
     steps = scale.float()[..., None]
-    error = (_codes(blocks, steps, zero[..., None], args) - zero[..., None]) * steps - blocks
+    error = (nearest_codes(blocks, steps, zero[..., None], args) - zero[..., None]) * steps - blocks
     squared = error.square()
     return (squared if importance is None else squared * importance).sum(dim=-1)
 
 
-def _codes(values: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs) -> Tensor:
+def nearest_codes(values: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs) -> Tensor:
     """The nearest code of each value, as float32."""
     scaled = values / scale + zero
     if args.type == "float":
@@ -128,11 +133,14 @@ def _codes(values: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs) 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantizationArgs) -> Tensor:
     """Weight f32[N, K] -> codes [N, K] for these scales; `zero` int8, floating or none."""
-    rows, columns = args.block(*weight.shape)
-
-    def spread(values: Tensor) -> Tensor:
-        wide = values.float().repeat_interleave(rows, 0)[: weight.shape[0]]
-        return wide.repeat_interleave(columns, 1)[:, : weight.shape[1]]
-
-    codes = _codes(weight, spread(scale), spread(zero) if zero is not None else torch.zeros(1), args)
+    shape = (weight.shape[0], weight.shape[1])
+    block = args.block(*shape)
+    zeros = torch.zeros(1) if zero is None else spread(zero, block, shape)
+    codes = nearest_codes(weight, spread(scale, block, shape), zeros, args)
     return codes.to(FP8 if args.type == "float" else torch.int8)
+
+
+def spread(values: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Scales or zero points of blocks of a matrix -> of each of its elements, f32[shape]."""
+    tall = values.float().repeat_interleave(block[0], 0)[: shape[0]]
+    return tall.repeat_interleave(block[1], 1)[:, : shape[1]]

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from ...runtime.manifest import Role
 from ...runtime.scheme import find_scheme
 from ..graph import Program, get_weight
 from .calibrate import Statistics, Walk
 from .mix import Option
 from .recipe import KEEP, Assignment
 from .roles import Candidate
-
-MAX_LOGITS = 2**26
-"""Numbers of reference logits that are kept: 256 MB."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,15 @@ class Group:
         weights: their names in the program.
         input: what they multiply.
         size: how many weights.
+        columns: inputs of each.
         role: what they are for.
     """
 
     weights: tuple[str, ...]
     input: fx.Node = field(repr=False)
     size: int
-    role: str
+    columns: int
+    role: Role
 
 
 def tied_groups(candidates: Sequence[Candidate]) -> list[Group]:
@@ -42,7 +42,13 @@ def tied_groups(candidates: Sequence[Candidate]) -> list[Group]:
     for candidate in candidates:
         by_input.setdefault(candidate.linears[0].all_input_nodes[0], []).append(candidate)
     return [
-        Group(tuple(c.name for c in found), x, sum(c.shape[0] * c.shape[1] for c in found), found[0].role)
+        Group(
+            tuple(c.name for c in found),
+            x,
+            sum(c.shape[0] * c.shape[1] for c in found),
+            found[0].shape[1],
+            found[0].role,
+        )
         for x, found in by_input.items()
     ]
 

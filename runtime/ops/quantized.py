@@ -1,14 +1,14 @@
 """Quantized weights: how they are stored, what they mean, and the ops that use them.
 
     optc::linear_quantized(x, weight, scale, zero?, group_index?, input_scale?, bias?, bits, block, activation)
-    optc::embedding_quantized(ids, weight, scale, zero?, bits, block, dtype)
+    optc::embedding_quantized(ids, weight, scale, zero?, group_index?, columns, bits, block, dtype)
 
 A stored weight [N, K] is
 
     weight  int8[N, K] (8 bits), float8_e4m3fn[N, K], or int32[N, ceil(K * bits / 32)] (fewer bits): codes + 2^(bits-1),
             packed from the lowest bit up and densely across words, as compressed-tensors' pack-quantized format has it
     scale   floating [ceil(N / block[0]), ceil(K / block[1])]
-    zero    none; int8 or packed int32 (along the rows, as above) [N, groups]; or floating [N, groups] (HQQ)
+    zero    none; or of the scale's shape: int8, int32 (fewer bits: packed as above, along the rows), or floating (HQQ)
     group_index   none, or i32[K]: the group of each column (GPTQ's act-order), instead of column // block[1]
 
 and means  W = (code - zero) * scale, in float32. `dequantize` is that, and the oracle of every kernel.
@@ -36,7 +36,7 @@ class QuantizedWeight:
     Attributes:
         codes: int8[N, K] within `args.code_range()`, or float8_e4m3fn[N, K].
         scale: floating [ceil(N / rows), ceil(K / columns)] of `args.block(N, K)`.
-        zero: none if symmetric; int8[N, groups] in the codes' range; or floating [N, groups].
+        zero: none if symmetric; of the scale's shape: int8 in the codes' range, or floating.
         group_index: i32[K], only where a column's group is not column // group_size.
         args: the scheme of the weight.
     """
@@ -78,11 +78,9 @@ class StoredWeight:
     shape: tuple[int, int]
 
     def unpack(self) -> QuantizedWeight:
-        bits, (rows, columns) = self.args.num_bits, self.shape
+        bits, columns = self.args.num_bits, self.shape[1]
         codes = self.weight if bits == 8 else unpack_bits(self.weight, bits, columns)
-        zero = self.zero
-        if zero is not None and zero.dtype == torch.int32:
-            zero = unpack_bits(zero.t(), bits, rows).t().contiguous()
+        zero = _unpacked_zero(self.zero, bits, self.scale.shape[0])
         return QuantizedWeight(codes, self.scale, zero, self.group_index, self.args)
 
     def dequantize(self) -> Tensor:
@@ -103,19 +101,18 @@ class StoredWeight:
         """Raises ValueError: a part has another shape or dtype than the scheme says."""
         bits, (rows, columns) = self.args.num_bits, self.shape
         block = self.args.block(rows, columns)
-        groups = -(-columns // block[1])
+        row_blocks, groups = -(-rows // block[0]), -(-columns // block[1])
         kind = FP8 if self.args.type == "float" else torch.int8 if bits == 8 else torch.int32
         width = columns if bits == 8 else -(-columns * bits // 32)
         _expect("codes", self.weight, (kind,), (rows, width))
-        _expect("scale", self.scale, _FLOATS, (-(-rows // block[0]), groups))
+        _expect("scale", self.scale, _FLOATS, (row_blocks, groups))
+        if (self.zero is None) != self.args.symmetric:
+            found, scheme = ("missing", "asymmetric") if self.zero is None else ("there", "symmetric")
+            raise ValueError(f"zero is {found}, but the scheme is {scheme}")
         if self.zero is not None:
-            is_packed = self.zero.dtype == torch.int32
-            _expect(
-                "zero",
-                self.zero,
-                (torch.int32, torch.int8, *_FLOATS),
-                (-(-rows * bits // 32) if is_packed else rows, groups),
-            )
+            kind = torch.int8 if bits == 8 else torch.int32
+            words = row_blocks if self.zero.dtype != torch.int32 else -(-row_blocks * bits // 32)
+            _expect("zero", self.zero, (kind, *_FLOATS), (words, groups))
         if self.group_index is not None:
             _expect("group_index", self.group_index, (torch.int32,), (columns,))
             if int(self.group_index.min()) < 0 or int(self.group_index.max()) >= groups:
@@ -128,6 +125,12 @@ class StoredWeight:
 def _expect(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int] | tuple[int]) -> None:
     if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
         raise ValueError(f"{part} is {tensor.dtype} {list(tensor.shape)}, expected {dtypes[0]} {list(shape)}")
+
+
+def _unpacked_zero(zero: Tensor | None, bits: int, row_blocks: int) -> Tensor | None:
+    if zero is None or zero.dtype != torch.int32:
+        return zero
+    return unpack_bits(zero.t(), bits, row_blocks).t().contiguous()
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -200,20 +203,13 @@ def linear_quantized_reference(
 
     `activation` is none, or says how x is rounded first: {int8,fp8}-token (one scale a row of x, its largest magnitude
     over 127 or 448), {int8,fp8}-groupG (the same for each G columns), {int8,fp8}-static (`input_scale`, one number).
-    Without it the dequantized weight is rounded to x's dtype; with it the products are summed in float32.
+    Everything is float32 until the sum is rounded to x's dtype; the dequantized weight is not rounded.
     """
-    stored = _unpacked(weight, zero, bits, x.shape[-1])
-    dequantized = dequantize_codes(stored[0], scale, stored[1], group_index, (block[0], block[1]))
-    if activation == "none":
-        return torch.nn.functional.linear(x, dequantized.to(x.dtype), bias)
-    rounded = quantize_activations(x, activation, input_scale)
-    return torch.nn.functional.linear(rounded, dequantized, None if bias is None else bias.float()).to(x.dtype)
-
-
-def _unpacked(weight: Tensor, zero: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    if zero is not None and zero.dtype == torch.int32:
-        zero = unpack_bits(zero.t(), bits, weight.shape[0]).t()
-    return (unpack_bits(weight, bits, columns) if weight.dtype == torch.int32 else weight), zero
+    codes = unpack_bits(weight, bits, x.shape[-1]) if weight.dtype == torch.int32 else weight
+    zero = _unpacked_zero(zero, bits, scale.shape[0])
+    dequantized = dequantize_codes(codes, scale, zero, group_index, (block[0], block[1]))
+    values = x.float() if activation == "none" else quantize_activations(x, activation, input_scale)
+    return torch.nn.functional.linear(values, dequantized, None if bias is None else bias.float()).to(x.dtype)
 
 
 def quantize_activations(x: Tensor, activation: str, input_scale: Tensor | None) -> Tensor:
@@ -253,8 +249,8 @@ torch.library.register_fake("optc::linear_quantized", _linear_quantized_fake, li
 
 
 LIBRARY.define(
-    "embedding_quantized(Tensor ids, Tensor weight, Tensor scale, Tensor? zero, int columns, int bits, int[] block, "
-    "ScalarType dtype) -> Tensor"
+    "embedding_quantized(Tensor ids, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index, int columns, "
+    "int bits, int[] block, ScalarType dtype) -> Tensor"
 )
 
 
@@ -263,21 +259,19 @@ def embedding_quantized_reference(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    group_index: Tensor | None,
     columns: int,
     bits: int,
     block: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows `ids` i64[...] of the stored weight [V, columns] -> [..., columns] in `dtype`.
-
-    Only these rows are expanded. The scales are of whole rows or of groups in them (`block[0]` is 1).
-    """
+    """Rows `ids` i64[...] of the stored weight [V, columns] -> [..., columns] in `dtype`. Only these are expanded."""
     rows = ids.flatten()
-    if zero is not None and zero.dtype == torch.int32:
-        zero = unpack_bits(zero.t(), bits, weight.shape[0]).t()
-    taken = weight[rows]
-    codes = unpack_bits(taken, bits, columns) if weight.dtype == torch.int32 else taken
-    values = dequantize_codes(codes, scale[rows], None if zero is None else zero[rows], None, (1, block[1]))
+    codes = unpack_bits(weight[rows], bits, columns) if weight.dtype == torch.int32 else weight[rows]
+    zero, row_blocks = _unpacked_zero(zero, bits, scale.shape[0]), rows // block[0]
+    if zero is not None:
+        zero = zero[row_blocks]
+    values = dequantize_codes(codes, scale[row_blocks], zero, group_index, (1, block[1]))
     return values.to(dtype).reshape(*ids.shape, columns)
 
 
@@ -286,6 +280,7 @@ def _embedding_quantized_fake(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    group_index: Tensor | None,
     columns: int,
     bits: int,
     block: list[int],

@@ -247,3 +247,32 @@ def test_other_addmm_is_declined(case: str, program_of: Callable[..., Program]) 
     assert record.matches == 0
     assert record.declined == ("addmm_default: addmm of computed operands",)
     assert str(ADDMM) in ops(program)
+
+
+# ------------------------------------------------------------------------------------------------- matmul
+
+MATMUL, PERMUTE = aten.matmul.default, aten.permute.default
+
+
+def test_matmul_with_a_transposed_weight_becomes_linear(program_of: Callable[..., Program]) -> None:
+    """As in Falcon."""
+    weight = {"w": torch.randn(3, 8, generator=torch.Generator().manual_seed(1))}
+    program = program_of(lambda g, x, w: call(g, MATMUL, x, call(g, PERMUTE, w, [1, 0])), weight, X)
+    assert check(program, torch.randn(1, 5, 8)).matches == 1
+    assert ops(program) == ["aten.linear.default"]
+
+
+OTHER_MATMUL: dict[str, Build] = {
+    "as it is": lambda g, x, w: call(g, MATMUL, x, w),
+    "not transposed": lambda g, x, w: call(g, MATMUL, x, call(g, PERMUTE, w, [0, 1])),
+    "computed": lambda g, x, w: call(g, MATMUL, x, call(g, PERMUTE, call(g, aten.neg.default, w), [1, 0])),
+    "two values": lambda g, x, w: call(g, MATMUL, x, call(g, aten.transpose.int, x, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MATMUL)
+def test_other_matmul_stays(case: str, program_of: Callable[..., Program]) -> None:
+    weight = {"w": torch.randn(8, 8, generator=torch.Generator().manual_seed(1))}
+    program = program_of(OTHER_MATMUL[case], weight, X)
+    assert check(program, torch.randn(1, 5, 8)).matches == 0
+    assert str(MATMUL) in ops(program)

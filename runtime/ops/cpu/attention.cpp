@@ -108,11 +108,11 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
   const int64_t batch = seq_lens_in.size(0);
   check_heads(heads, kv_heads);
   check(v_dim > 0, "v_dim must be positive");
-  check_shape("kv_cache", kv_cache, {-1, kv_heads, block_size, k_dim + v_dim});
+  check_shape("kv_cache", kv_cache, {-1, kv_heads, block_size, k_dim + v_dim + scale_elements(kv_cache)});
   check_shape("block_table", block_table_in, {batch, -1});
   check_shape("query_start_loc", query_start_loc_in, {batch + 1});
   const ScalarType dtype = q_in.scalar_type();
-  check_dtype("kv_cache", kv_cache, dtype);
+  check_dtype("kv_cache", kv_cache, is_quantized(kv_cache) ? kv_cache.scalar_type() : dtype);
   check_dtype("block_table", block_table_in, ScalarType::Int);
   check_dtype("query_start_loc", query_start_loc_in, ScalarType::Int);
   check_dtype("seq_lens", seq_lens_in, ScalarType::Int);
@@ -126,33 +126,43 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
 
   dispatch_float("paged_attention", dtype, [&](auto type) {
     using T = decltype(type);
-    const T* cache = static_cast<const T*>(kv_cache.data_ptr());
-    const Strides cache_stride = strides(kv_cache, 2, 1, 0);
-    Problem<T> problem{static_cast<const T*>(q.data_ptr()),
-                       cache,
-                       cache + k_dim,
-                       static_cast<T*>(out.data_ptr()),
-                       strides(q, 0, 1),
-                       cache_stride,
-                       cache_stride,
-                       strides(out, 0, 1),
-                       heads,
-                       kv_heads,
-                       k_dim,
-                       v_dim,
-                       block_size,
-                       window,
-                       static_cast<float>(scale),
-                       static_cast<float>(softcap),
-                       read_sinks(sinks, heads),
-                       read_batch(block_table, query_start_loc, seq_lens, tokens, kv_cache.size(0), block_size, window,
-                                  q.stride(0), out.stride(0))};
-    // Tokens of no sequence are padding.
-    const auto* starts = static_cast<const int32_t*>(query_start_loc.data_ptr());
-    const int64_t row = heads * v_dim;
-    std::fill_n(problem.out, starts[0] * row, T(0.0f));
-    std::fill(problem.out + starts[batch] * row, problem.out + tokens * row, T(0.0f));
-    flash_attention(problem);
+    const auto run = [&](auto key) {
+      using Key = decltype(key);
+      const Key* cache = static_cast<const Key*>(kv_cache.data_ptr());
+      Strides cache_stride = strides(kv_cache, 2, 1, 0);
+      if (kIsCode<Key>) cache_stride.token = k_dim + v_dim;
+      Problem<T, Key> problem{static_cast<const T*>(q.data_ptr()),
+                              cache,
+                              cache + k_dim,
+                              static_cast<T*>(out.data_ptr()),
+                              strides(q, 0, 1),
+                              cache_stride,
+                              cache_stride,
+                              strides(out, 0, 1),
+                              heads,
+                              kv_heads,
+                              k_dim,
+                              v_dim,
+                              block_size,
+                              window,
+                              static_cast<float>(scale),
+                              static_cast<float>(softcap),
+                              read_sinks(sinks, heads),
+                              read_batch(block_table, query_start_loc, seq_lens, tokens, kv_cache.size(0), block_size,
+                                         window, q.stride(0), out.stride(0))};
+      problem.k_scales = cache + block_size * (k_dim + v_dim);
+      problem.v_scales = problem.k_scales + block_size * kScaleBytes;
+      // Tokens of no sequence are padding.
+      const auto* starts = static_cast<const int32_t*>(query_start_loc.data_ptr());
+      const int64_t row = heads * v_dim;
+      std::fill_n(problem.out, starts[0] * row, T(0.0f));
+      std::fill(problem.out + starts[batch] * row, problem.out + tokens * row, T(0.0f));
+      flash_attention(problem);
+    };
+    if (is_quantized(kv_cache))
+      dispatch_codes(kv_cache, run);
+    else
+      run(type);
   });
   return out;
 }

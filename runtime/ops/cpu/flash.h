@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-#include "check.h"
+#include "quantized_cache.h"
 #include "tile.h"
 
 namespace optc {
@@ -27,15 +27,18 @@ struct Strides {
   int64_t token, head, block;
 };
 
-template <typename T>
+// Keys and values are in the queries' type T, or codes.
+template <typename T, typename Key = T>
 struct Problem {
-  const T *q, *k, *v;
+  const T* q;
+  const Key *k, *v;
   T* out;
   Strides q_stride, k_stride, v_stride, out_stride;  // in elements
   int64_t heads, kv_heads, k_dim, v_dim, block_size, window;
   float scale, softcap;
   std::vector<float> sinks;  // of each head, or empty
   std::vector<Sequence> sequences;
+  const Key *k_scales = nullptr, *v_scales = nullptr;  // of codes: where those of the first block are
 
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return round_up(v_dim, kLanes); }  // of a row of values or of results in float32
@@ -82,10 +85,10 @@ class Scratch {
   size_t size_ = 0;
 };
 
-template <typename T>
+template <typename T, typename Key>
 class Worker {
  public:
-  explicit Worker(const Problem<T>& problem) : p_(problem), width_(problem.width()) {
+  explicit Worker(const Problem<T, Key>& problem) : p_(problem), width_(problem.width()) {
     static thread_local Scratch scratch;
     const int64_t q = kTileRows * p_.k_dim, keys = p_.k_dim * kTileKeys, values = kTileKeys * width_;
     const int64_t partial = Partial::floats(kTileRows, width_);
@@ -170,13 +173,14 @@ class Worker {
   // Where the keys and values of a tile are in memory.
   struct TileRows {
     int64_t count;
-    const T *keys[kTileKeys], *values[kTileKeys];
+    const Key *keys[kTileKeys], *values[kTileKeys];
+    float key_scales[kTileKeys], value_scales[kTileKeys];  // of codes
   };
 
   void find_rows(const Item& item, int64_t start, int64_t end, TileRows& rows) {
     rows.count = std::min(kTileKeys, end - start);
-    const T* k = p_.k + item.sequence->k_offset + item.kv_head * p_.k_stride.head;
-    const T* v = p_.v + item.sequence->v_offset + item.kv_head * p_.v_stride.head;
+    const Key* k = p_.k + item.sequence->k_offset + item.kv_head * p_.k_stride.head;
+    const Key* v = p_.v + item.sequence->v_offset + item.kv_head * p_.v_stride.head;
     // A window may begin inside the tile. What lies before it may be given back already, so its place is taken by the
     // first key of the window; no row sees it there.
     const int64_t skipped = std::max<int64_t>(0, item.first_key - start);
@@ -186,10 +190,23 @@ class Worker {
       for (; j < rows.count && offset < p_.block_size; j++, offset++) {
         rows.keys[j] = k + number * p_.k_stride.block + offset * p_.k_stride.token;
         rows.values[j] = v + number * p_.v_stride.block + offset * p_.v_stride.token;
+        if constexpr (kIsCode<Key>) {
+          const int64_t at = number * p_.k_stride.block + item.kv_head * p_.k_stride.head + offset * kScaleBytes;
+          rows.key_scales[j] = load_scale(p_.k_scales + at);
+          rows.value_scales[j] = load_scale(p_.v_scales + at);
+        }
       }
     }
-    std::fill_n(rows.keys, skipped, rows.keys[skipped]);
-    std::fill_n(rows.values, skipped, rows.values[skipped]);
+    for (int64_t j = 0; j < skipped; j++) repeat(rows, skipped, j);
+  }
+
+  static void repeat(TileRows& rows, int64_t from, int64_t to) {
+    rows.keys[to] = rows.keys[from];
+    rows.values[to] = rows.values[from];
+    if constexpr (kIsCode<Key>) {
+      rows.key_scales[to] = rows.key_scales[from];
+      rows.value_scales[to] = rows.value_scales[from];
+    }
   }
 
   // Brings a tile into float32, the keys transposed, and meanwhile the next one into the processor's cache.
@@ -199,21 +216,24 @@ class Worker {
         prefetch(next.keys[j], p_.k_dim);
         prefetch(next.values[j], p_.v_dim);
       }
-      load_row(rows.values[j], values_ + j * width_, p_.v_dim);
+      if constexpr (kIsCode<Key>)
+        dequantize_row(rows.values[j], rows.value_scales[j], values_ + j * width_, p_.v_dim);
+      else
+        load_row(rows.values[j], values_ + j * width_, p_.v_dim);
       std::fill(values_ + j * width_ + p_.v_dim, values_ + (j + 1) * width_, 0.0f);
     }
     for (int64_t j = rows.count; j < round_up(rows.count, kLanes); j++)
-      rows.keys[j] = rows.keys[rows.count - 1];  // whatever they hold is hidden later
-    for (int64_t j = 0; j < rows.count; j += kLanes) transpose_keys(rows.keys + j, keys_ + j);
+      repeat(rows, rows.count - 1, j);  // whatever they hold is hidden later
+    for (int64_t j = 0; j < rows.count; j += kLanes) transpose_keys(rows.keys + j, rows.key_scales + j, keys_ + j);
   }
 
-  static void prefetch(const T* row, int64_t n) {
-    for (int64_t d = 0; d < n; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+  static void prefetch(const Key* row, int64_t n) {
+    for (int64_t d = 0; d < n; d += 64 / sizeof(Key)) __builtin_prefetch(row + d);
   }
 
-  void transpose_keys(const T* const* rows, float* to) {
+  void transpose_keys(const Key* const* rows, const float* scales, float* to) {
     int64_t d = 0;
-    if constexpr (sizeof(T) == 2) {  // in pairs, at half the work
+    if constexpr (sizeof(Key) == 2) {  // in pairs, at half the work
       for (; d + 2 * kLanes <= p_.k_dim; d += 2 * kLanes) {
         Vec square[kLanes];
 #pragma GCC unroll 16
@@ -221,8 +241,8 @@ class Worker {
         transpose(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) {
-          store(to + (d + 2 * i) * kTileKeys, widen<T>((BitsVec)square[i] & 0xffffu));
-          store(to + (d + 2 * i + 1) * kTileKeys, widen<T>((BitsVec)square[i] >> 16));
+          store(to + (d + 2 * i) * kTileKeys, widen<Key>((BitsVec)square[i] & 0xffffu));
+          store(to + (d + 2 * i + 1) * kTileKeys, widen<Key>((BitsVec)square[i] >> 16));
         }
       }
     }
@@ -236,6 +256,10 @@ class Worker {
     }
     for (; d < p_.k_dim; d++)
       for (int j = 0; j < kLanes; j++) to[d * kTileKeys + j] = static_cast<float>(rows[j][d]);
+    if constexpr (kIsCode<Key>) {
+      const Vec scale = load(scales);
+      for (d = 0; d < p_.k_dim; d++) store(to + d * kTileKeys, load(to + d * kTileKeys) * scale);
+    }
   }
 
   void store_results(const Item& item) {
@@ -247,7 +271,7 @@ class Worker {
     }
   }
 
-  const Problem<T>& p_;
+  const Problem<T, Key>& p_;
   const int64_t width_;
   float *keys_, *values_, *q_;
   Partial total_, part_;
@@ -263,8 +287,8 @@ inline int64_t first_visible(int64_t position, int64_t window) {
   return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
 }
 
-template <typename T>
-std::vector<Item> make_items(const Problem<T>& p, std::deque<SharedRows>& shared) {
+template <typename T, typename Key>
+std::vector<Item> make_items(const Problem<T, Key>& p, std::deque<SharedRows>& shared) {
   std::vector<Item> items;
   for (const Sequence& sequence : p.sequences) {
     const int64_t rows = sequence.queries * p.group(), tiles = (rows + kTileRows - 1) / kTileRows;
@@ -296,8 +320,8 @@ std::vector<Item> make_items(const Problem<T>& p, std::deque<SharedRows>& shared
   return items;
 }
 
-template <typename T>
-void flash_attention(const Problem<T>& problem) {
+template <typename T, typename Key>
+void flash_attention(const Problem<T, Key>& problem) {
   std::deque<SharedRows> shared;
   std::vector<Item> items = make_items(problem, shared);
   // Long items first: then threads that take the next item when they are free finish at about the same time.
@@ -309,7 +333,7 @@ void flash_attention(const Problem<T>& problem) {
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     (void)begin, (void)end;  // a thread takes items until none is left, whichever part of the range it was given
-    Worker<T> worker(problem);
+    Worker<T, Key> worker(problem);
     auto take = [&]() -> const Item* {
       const size_t i = next.fetch_add(1, std::memory_order_relaxed);
       return i < items.size() ? &items[i] : nullptr;

@@ -4,19 +4,21 @@
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace optc {
 
 using BFloat16 = torch::headeronly::BFloat16;
+using Float8 = torch::headeronly::Float8_e4m3fn;
 using Half = torch::headeronly::Half;
 
 #if defined(__AVX512F__)
@@ -31,6 +33,7 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t BitsVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBitsVec __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -82,6 +85,31 @@ inline Vec widen<Half>(BitsVec bits) {
 
 inline Vec load(const BFloat16* p) { return widen<BFloat16>(load_half_bits(p)); }
 inline Vec load(const Half* p) { return widen<Half>(load_half_bits(p)); }
+
+inline BitsVec load_bytes(const void* p) {
+#ifdef __AVX512F__
+  return (BitsVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)  // nor of this one
+  return (BitsVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  ByteVec v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, BitsVec);
+#endif
+}
+
+inline Vec load(const int8_t* p) {
+  return __builtin_convertvector((IntVec)(load_bytes(p) << 24) >> 24, Vec);  // the shift back extends the sign
+}
+
+// As for float16: exponent and mantissa lie 20 bits lower than in float32, and 2^120 corrects the exponent bias.
+// All ones are NaN; there is no infinity.
+inline Vec load(const Float8* p) {
+  BitsVec bits = load_bytes(p);
+  Vec magnitude = (Vec)((bits & 0x7fu) << 20) * 0x1p120f;
+  BitsVec nan = (BitsVec)((bits & 0x7fu) == 0x7fu) & 0x7fc00000u;
+  return (Vec)((BitsVec)magnitude | nan | (bits & 0x80u) << 24);
+}
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
