@@ -59,19 +59,23 @@ class Statistics:
         largest: largest magnitude of each column, f32[K].
         mean: mean magnitude of each column, f32[K].
         tokens: how many.
+        cross: mean of x^T x', f32[K, K], with x' the input of the same tokens in the unquantized model; none if that was
+            not asked for.
     """
 
     hessian: Tensor
     largest: Tensor
     mean: Tensor
     tokens: int
+    cross: Tensor | None = None
 
 
 class _Collector:
     def __init__(self) -> None:
         self.tokens = 0
+        self.cross: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, original: Tensor | None) -> None:
         rows = x.flatten(0, -2).float()
         if not self.tokens:
             self.hessian = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -80,9 +84,13 @@ class _Collector:
         self.hessian.addmm_(rows.t(), rows)
         self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         self.total += rows.abs().sum(dim=0)
+        if original is not None:
+            self.cross = torch.zeros_like(self.hessian) if self.cross is None else self.cross
+            self.cross.addmm_(rows.t(), original.flatten(0, -2).float())
 
     def statistics(self) -> Statistics:
-        return Statistics(self.hessian / self.tokens, self.largest, self.total / self.tokens, self.tokens)
+        cross = self.cross / self.tokens if self.cross is not None else None
+        return Statistics(self.hessian / self.tokens, self.largest, self.total / self.tokens, self.tokens, cross)
 
 
 Visit = Callable[[fx.Node, Statistics], Mapping[str, Tensor]]
@@ -95,6 +103,7 @@ def calibrate(
     inputs: Sequence[fx.Node],
     visit: Visit,
     *,
+    with_original: bool = False,
     memory_limit: int = 2**30,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> None:
@@ -105,10 +114,12 @@ def calibrate(
         calibration: the samples.
         inputs: nodes whose values [1, T, K] are to be measured.
         visit: called with the node and its statistics; returns weights that later nodes shall use instead, by name.
+        with_original: run the unquantized model beside it, for `Statistics.cross`.
         memory_limit: bytes of activations held in memory; more lie in a temporary file.
         on_progress: called with the fraction of the work that is done.
     """
-    with Walk(program, calibration.samples, inputs, memory_limit=memory_limit) as walk:
+    samples = calibration.samples
+    with Walk(program, samples, inputs, with_original=with_original, memory_limit=memory_limit) as walk:
         for node in walk.run(on_progress):
             walk.replace(visit(node, walk.statistics()))
 
@@ -120,11 +131,18 @@ class Walk:
         program: a captured program over `input_ids` and `positions` [1, T].
         samples: each i64[n].
         inputs: nodes whose values [1, T, K] are to be measured.
+        with_original: let the samples also go through the program as it is, whatever `replace` says.
         memory_limit: bytes of activations held in memory; more lie in a temporary file.
     """
 
     def __init__(
-        self, program: Program, samples: Sequence[Tensor], inputs: Sequence[fx.Node], *, memory_limit: int = 2**30
+        self,
+        program: Program,
+        samples: Sequence[Tensor],
+        inputs: Sequence[fx.Node],
+        *,
+        with_original: bool = False,
+        memory_limit: int = 2**30,
     ) -> None:
         self._pieces, self._rest = _pieces(program, set(inputs))
         self._needed = _needed_later(self._pieces, self._rest)
@@ -133,6 +151,7 @@ class Walk:
         self._folder = tempfile.TemporaryDirectory(prefix="optc-")
         budget = _Budget(memory_limit, Path(self._folder.name))
         self._environments = [_Environment(program, sample, budget) for sample in samples]
+        self._originals = [_Environment(program, sample, budget) for sample in samples if with_original]
 
     def __enter__(self) -> Walk:
         return self
@@ -145,7 +164,9 @@ class Walk:
         for number, piece in enumerate(self._pieces):
             self._collector = _Collector()
             for index, environment in enumerate(self._environments):
-                self._collector.add(environment.run(piece, self._replaced, self._needed[number]))
+                x = environment.run(piece, self._replaced, self._needed[number])
+                original = self._originals[index].run(piece, {}, self._needed[number]) if self._originals else None
+                self._collector.add(x, original)
                 on_progress((number + (index + 1) / len(self._environments)) / len(self._pieces))
             self._number = number
             yield piece[-1]

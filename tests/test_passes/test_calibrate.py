@@ -111,6 +111,32 @@ def test_later_layers_see_replaced_weights_and_earlier_ones_do_not(
     torch.testing.assert_close(replaced[-1], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_original_goes_beside(canonical: Program, model: torch.nn.Module, samples: tuple[Tensor, ...]) -> None:
+    inputs = inputs_of(canonical)
+    first = next(iter(inputs.values()))[0]
+    halved = get_weight(canonical.module, first) / 2
+    seen = seen_by_modules(model, samples)[0]
+    with Walk(canonical, samples, list(inputs), with_original=True) as walk:
+        nodes = walk.run()
+        next(nodes)
+        unchanged = walk.statistics()
+        assert unchanged.cross is not None
+        torch.testing.assert_close(unchanged.cross, unchanged.hessian)
+        walk.replace({first: halved})
+        for node in nodes:
+            found = walk.statistics()
+            original = torch.cat(seen[inputs[node][0].removesuffix(".weight")])
+            assert found.cross is not None
+            assert not torch.allclose(found.cross, found.hessian)
+    # x^T x' of the last layer, with x from a model that has the halved weight
+    weight = model.get_parameter(first)
+    with torch.no_grad():
+        weight.div_(2)
+        x = torch.cat(seen_by_modules(model, samples)[0][inputs[node][0].removesuffix(".weight")])
+        weight.mul_(2)
+    torch.testing.assert_close(found.cross, x.T @ original / len(x), rtol=1e-4, atol=1e-5)
+
+
 def test_progress_goes_from_nothing_to_all(canonical: Program, samples: tuple[Tensor, ...]) -> None:
     fractions: list[float] = []
     inputs = list(inputs_of(canonical))
