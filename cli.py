@@ -15,6 +15,7 @@ _COMMANDS = {
     "passes": "optimizer",
     "eval": "optimizer",
     "lm-eval": "optimizer",
+    "export": "optimizer",
     "run": "runtime",
     "inspect": "runtime",
 }
@@ -63,6 +64,7 @@ def main(debug: bool) -> None:
       optc compile ./my-llama -o my.optc
       optc compile Qwen/Qwen3-8B --target h100 --fp8
       optc run my.optc -p "def main("
+      optc eval my.optc --text heldout.txt --against ./my-llama
       optc inspect my.optc
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate (the numeric check of a pass) was not met.

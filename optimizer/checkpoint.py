@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
@@ -112,9 +114,10 @@ def load_checkpoint(
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(source)
-    config = _load_config(folder, source)
+    raw = _read_config(folder, source)
+    stored = _find_format(raw, source, adapter=adapter, is_quantizing=is_quantizing)
+    config = _load_config(folder, raw, source)
     refuse_unsupported(config)
-    stored = _load_format(folder, config, source, adapter=adapter, is_quantizing=is_quantizing)
     limit = _length_limit(config, max_model_len)
     skeleton = refuse_by_skeleton(config, limit)
     files = _check_weight_files(folder)
@@ -157,14 +160,9 @@ def _small_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def _load_format(
-    folder: Path, config: PreTrainedConfig, source: str, *, adapter: Path | None, is_quantizing: bool
-) -> Format | None:
-    """The format of a checkpoint that another tool quantized. It is taken out of `config`: optc reads the weights itself."""
-    stored = find_format(read_json(folder / "config.json"), source)
-    for key in _QUANTIZATION:
-        if hasattr(config, key):
-            delattr(config, key)
+def _find_format(raw: dict[str, Any], source: str, *, adapter: Path | None, is_quantizing: bool) -> Format | None:
+    """The format of a checkpoint that another tool quantized."""
+    stored = find_format(raw, source)
     if stored is None:
         return None
     if is_quantizing:
@@ -196,14 +194,19 @@ def _download(source: str) -> Path:
         ) from error
 
 
-def _load_config(folder: Path, source: str) -> PreTrainedConfig:
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{source}: the folder has no config.json; expected a model in Hugging Face format")
     raw = read_json(path)
-    model_type = raw.get("model_type")
-    if not model_type:
+    if not raw.get("model_type"):
         raise CheckpointError(f"{path}: names no model_type; expected a transformers config")
+    return raw
+
+
+def _load_config(folder: Path, raw: dict[str, Any], source: str) -> PreTrainedConfig:
+    """The config without its quantization_config: optc reads quantized weights itself."""
+    model_type = raw["model_type"]
     if "auto_map" in raw and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"{source}: model type {model_type!r} comes with its own code, which optc does not run; use a model that "
@@ -213,6 +216,9 @@ def _load_config(folder: Path, source: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise UnsupportedModelError(f"{source}: unknown architecture {model_type!r}: {first_line(error)}") from error
+    for key in _QUANTIZATION:
+        if hasattr(config, key):
+            delattr(config, key)
     return config
 
 
@@ -247,11 +253,7 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> nn.Modul
         UnsupportedModelError: names the module that is in the way, and the way out.
     """
     kind = config.model_type
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise UnsupportedModelError(f"{kind} cannot be built by transformers: {first_line(error)}") from error
+    skeleton = _skeleton(config)
     for name, module in skeleton.named_modules():
         is_stateful = _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name)
         if name and is_stateful:
@@ -265,7 +267,23 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> nn.Modul
             "use a model with rotary or learned positions"
         )
     rehearse(skeleton, max_model_len)
-    assert isinstance(skeleton, nn.Module)
+    return skeleton
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{config.model_type} cannot be built by transformers: {first_line(error)}"
+        ) from error
+    assert isinstance(skeleton, PreTrainedModel)
     return skeleton
 
 
@@ -367,6 +385,62 @@ def _load_model(
         )
     assert isinstance(model, PreTrainedModel)
     return model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class CheckpointNames:
+    """Weights of a model as its checkpoint names them; transformers renames some as it loads them, and merges experts.
+
+    Attributes:
+        plain: weights by the checkpoint's names.
+        modules: name of a parameter that is given in another form -> the checkpoint's module that it is in.
+        tied: modules whose weight is another module's.
+    """
+
+    plain: dict[str, torch.Tensor]
+    modules: dict[str, str]
+    tied: tuple[str, ...]
+
+
+def checkpoint_names(folder: Path, plain: Mapping[str, torch.Tensor], coded: Collection[str]) -> CheckpointNames:
+    """Name weights as their checkpoint does.
+
+    Args:
+        folder: holds the config.json.
+        plain: weights by the names of the model's parameters; what is no parameter is left out.
+        coded: names of parameters that are given in another form.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build the model.
+        UsageError: a weight is missing, or one of `coded` is several modules'.
+    """
+    skeleton = _skeleton(_load_config(folder, _read_config(folder, str(folder)), str(folder)))
+    kept, places = set(skeleton.state_dict()), dict[int, list[str]]()
+    for name, value in [*skeleton.named_parameters(remove_duplicate=False), *skeleton.named_buffers()]:
+        if name in kept:  # or else a table that the model computes
+            places.setdefault(id(value), []).append(name)
+    weights, tied = {}, []
+    for names in places.values():
+        tied += names[1:]
+        given = [name for name in names if name in coded]
+        if given and len(names) > 1:
+            raise UsageError(
+                f"{given[0]} cannot be exported: it is quantized and tied ({' and '.join(names)} are one weight), which other "
+                "tools do not take; compile with lm_head and embedding in full precision"
+            )
+        found = next((plain[name] for name in names if name in plain), None)
+        if found is None and not given:
+            raise UsageError(
+                f"{names[0]} cannot be exported: the artifact does not hold it, as nothing computes with it"
+            )
+        if found is not None and not given:
+            weights[names[0]] = found
+    renamed = {name: next(iter(revert_weight_conversion(skeleton, {name: torch.empty(0)}))) for name in coded}
+    return CheckpointNames(
+        plain=dict(revert_weight_conversion(skeleton, weights)),
+        modules={name: found.removesuffix(".weight") for name, found in renamed.items()},
+        tied=tuple(name.removesuffix(".weight") for name in tied),
+    )
 
 
 def load_tokenizer(folder: Path) -> TokenizerData | None:

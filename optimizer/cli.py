@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import UsageError
 
@@ -175,16 +175,18 @@ def targets_command(schemes: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{**asdict(target), "presets": preset_schemes(target)} for target in found], indent=1))
         return
-    options = [f"--{preset}" for preset in PRESETS]
-    table = Table("target", "arch", "memory", "bandwidth", "fast arithmetic (peak TFLOP/s)", *options, "native code")
+    hardware = Table("target", "architecture", "memory", "bandwidth", "fast arithmetic (peak TFLOP/s)", "native code")
+    presets = Table(
+        "target", *(f"--{preset}" for preset in PRESETS), title="What the presets mean", title_justify="left"
+    )
     for target in found:
         memory = f"{target.memory_gib} GiB" if target.memory_gib else "-"
         bandwidth = f"{target.bandwidth_gbs} GB/s" if target.bandwidth_gbs else "-"
         rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in target.tflops.items()) or "-"
-        presets = [scheme or "-" for scheme in preset_schemes(target).values()]
         native = "made here" if target.can_build_here() else "pending"
-        table.add_row(target.name, target.architecture, memory, bandwidth, rates, *presets, native)
-    Console().print(table)
+        hardware.add_row(target.name, target.architecture, memory, bandwidth, rates, native)
+        presets.add_row(target.name, *(scheme or "-" for scheme in preset_schemes(target).values()))
+    Console().print(hardware, presets)
 
 
 def _list_schemes(*, as_json: bool) -> None:
@@ -198,7 +200,9 @@ def _list_schemes(*, as_json: bool) -> None:
         ]
         click.echo(json.dumps(records, indent=1))
         return
-    table = Table("scheme", "weights", "one scale for", "zero points", "activations", "bits a weight")
+    table = Table(
+        Column("scheme", no_wrap=True), "weights", "one scale for", "zero points", "activations", "bits a weight"
+    )
     for name, scheme in found.items():
         weights = scheme.weights
         kind = f"INT{weights.num_bits}" if weights.type == "int" else "FP8 E4M3"
@@ -210,6 +214,26 @@ def _list_schemes(*, as_json: bool) -> None:
     Console().print(table)
 
 
+@click.command("export", short_help="Write an artifact's model as a checkpoint for other tools.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--format", type=click.Choice(["compressed-tensors"]), default="compressed-tensors", show_default=True,
+              help="How quantized weights are stored.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to write.")
+def export_command(artifact: Path, format: str, output: Path) -> None:
+    """Write the quantized model of ARTIFACT as a checkpoint that transformers and vLLM load, codes and scales to the bit.
+
+    \b
+    Examples:
+      optc export my.optc -o my-w4a16
+      optc export my.optc --format compressed-tensors -o my-w4a16
+    """
+    from .export import export
+
+    for remark in export(artifact, output, format=format):
+        click.echo(f"note: {remark}", err=True)
+    click.echo(f"wrote {output}")
+
+
 @click.command("passes", short_help="List the passes in the order they run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def passes_command(as_json: bool) -> None:
@@ -219,6 +243,7 @@ def passes_command(as_json: bool) -> None:
     Example:
       optc passes
     """
+    from ..passes.quantize.calibrate import Calibration
     from ..passes.quantize.recipe import Recipe
     from .config import CompileConfig
     from .pipeline import shared_passes, step_passes
@@ -226,7 +251,8 @@ def passes_command(as_json: bool) -> None:
 
     recipe = Recipe(default="w4a16-g128", transforms=("smoothquant", "awq"), kv_cache="int8")
     config = CompileConfig(source="", output=Path(), target=find_target("native"), recipe=recipe)
-    rows = [("both", item) for item in shared_passes(config)] + [("step", item) for item in step_passes(config)]
+    shared = shared_passes(config, Calibration((), source="", seed=0))  # the transforms take one, to be run
+    rows = [("both", item) for item in shared] + [("step", item) for item in step_passes(config)]
     documented = [(name, item.name, cleandoc(type(item).__doc__ or "")) for name, item in rows]
     if as_json:
         click.echo(

@@ -45,14 +45,13 @@ from .capture import capture, capture_module, first_line
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Backend, CompileConfig
 from .evaluate import Windows, evaluate_windows, load_reference, make_windows, read_text
-from .package import check_output, file_records, write_manifest, write_weights, writing
+from .package import CHECKPOINT_FOLDER, check_output, file_records, write_manifest, write_weights, writing
 from .pipeline import shared_passes, step_passes
 from .quantization import given_recipe, given_weights, make_recipe
 from .targets import find_target
 
 STEP_FILE, SCORE_FILE, REPORT_FILE = "program/step.json", "program/score.json", "report.html"
 _MOST_OVERLAP = 0.01  # of evaluation text in the calibration data
-CHECKPOINT_FOLDER = "checkpoint"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ..runtime.artifact import MANIFEST, file_sha256
 from ..runtime.manifest import ConstantRecord, FileRecord, Layout, Manifest
 
 SHARD_BYTES = 5 * 10**9
+CHECKPOINT_FOLDER = "checkpoint"
 _ALL_PLAIN: Mapping[str, Layout] = {}
 
 
@@ -155,18 +156,8 @@ def write_weights(
 
     `sources` and `layouts` are those of `passes.graph.Program`: a weight that is not in them is the checkpoint's, as is.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, weight in weights.items():
-        size = weight.numel() * weight.element_size()
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = _apart(weight.detach().contiguous(), shards[-1])
-        filled += size
     records: dict[str, ConstantRecord] = {}
-    for i, shard in enumerate(shards, 1):
-        file = "weights.safetensors" if len(shards) == 1 else f"weights-{i:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in _shards(weights, "weights").items():
         _save(shard, folder / file)
         for name, weight in shard.items():
             dtype = str(weight.dtype).removeprefix("torch.")
@@ -180,6 +171,34 @@ def write_weights(
     return records
 
 
+def write_checkpoint(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the weights as a checkpoint has them: model.safetensors, or shards and their index."""
+    shards = _shards(weights, "model")
+    for file, shard in shards.items():
+        _save(shard, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        places = {name: file for file, shard in shards.items() for name in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _shards(weights: Mapping[str, Tensor], stem: str) -> dict[str, dict[str, Tensor]]:
+    """The weights in files of at most 5 GB, by the files' names."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, weight in weights.items():
+        size = weight.numel() * weight.element_size()
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = _apart(weight.detach().contiguous(), shards[-1])
+        filled += size
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
 def _apart(weight: Tensor, others: dict[str, Tensor]) -> Tensor:
     """`weight`, or a copy if it shares memory with one of `others`, which safetensors refuses to write."""
 
@@ -191,9 +210,9 @@ def _apart(weight: Tensor, others: dict[str, Tensor]) -> Tensor:
     return weight.clone() if shared else weight
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     try:
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata)
         path.chmod(0o644)
     except safetensors.SafetensorError as error:
         full = "No space left" in str(error)

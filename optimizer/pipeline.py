@@ -38,9 +38,7 @@ def shared_passes(
             assert calibration is not None  # the recipe was checked
             transform = _TRANSFORMS[name]
             passes += [transform(recipe=config.recipe, calibration=calibration, on_progress=on_progress)]
-        passes += [
-            Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)
-        ]
+        passes += [Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)]
     return passes
 
 

@@ -51,9 +51,9 @@ def make_recipe(
         raise UsageError(f"KV cache {kv_cache!r}: expected int8 or fp8")
     if kv_cache is not None:
         recipe = recipe.model_copy(update={"kv_cache": kv_cache})
-    recipe.check_names()
     if algorithm is not None:
         recipe = _with_algorithm(recipe, algorithm)
+    recipe.check_names()
     for name in recipe.scheme_names():
         check_target(name, find_scheme(name), target)
     return recipe if recipe != Recipe() else None
@@ -109,8 +109,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong: where, what was found, what was expected."""
-    first = error.errors()[0]
+    """One thing that is wrong, an unknown key before others: where, what was found, what was expected."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     *outer, last = first["loc"]
     inside = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in outer).lstrip(".")
     where = f"{inside}.{last}" if inside and not isinstance(last, int) else f"{inside}[{last}]" if inside else f"{last}"

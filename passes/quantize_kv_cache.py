@@ -25,8 +25,9 @@ class QuantizeKVCache(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"paged"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_kv_cache"})
-    tolerance: ClassVar[float] = 1.0
-    """A lossy rewrite: the check finds what is broken, `optc eval` says how good it is."""
+    # A lossy rewrite: a rounding may change which experts a router picks. The check finds what is broken, `optc eval` says
+    # how good the rest is.
+    tolerance: ClassVar[float] = 4.0
 
     dtype: Literal["int8", "fp8"]
 

@@ -289,7 +289,8 @@ def identity_of(manifest: Manifest) -> str:
         del layer["error"]  # a measurement
     if content["quantization"]:
         del content["quantization"]["budget"]
-    for where in ("source", "adapter"):  # the same checkpoint from another folder is the same checkpoint
+    # The same checkpoint from another folder is the same checkpoint, and what was decided shows in the program.
+    for where in ("source", "adapter", "notes"):
         del content["model"][where]
     content["data"] = {
         name: record.sha256

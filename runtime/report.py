@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .manifest import AccuracyRecord, Estimate, KVCacheSpec, Manifest, Quantization, QuantizedLayer
+from .manifest import AccuracyRecord, BudgetRecord, Estimate, KVCacheSpec, Manifest, Quantization, QuantizedLayer
 from .scheme import QuantizationArgs
 
 
@@ -103,6 +103,26 @@ def _add_quantization(table: Table, quantization: Quantization) -> None:
     if (calibration := quantization.calibration) is not None:
         drawn = f"{calibration.num_samples} x {calibration.sequence_length} tokens, seed {calibration.seed}"
         _add_row(table, "calibrated on", f"{calibration.source}, {drawn}")
+    if quantization.budget is not None:
+        _add_row(table, "budget", _budget_text(quantization.budget))
+
+
+def _budget_text(budget: BudgetRecord) -> str:
+    """What was asked for, and what the joint measurement of the chosen mix found."""
+    limits = {
+        "KL {:g}": budget.max_kl,
+        "perplexity +{:g} %": None if budget.max_ppl_increase is None else 100 * budget.max_ppl_increase,
+        "{:g} bits a weight": budget.bits,
+    }
+    measured = {
+        "KL {:.5f}": budget.kl,
+        "perplexity {:+.3f} %": None if budget.ppl_increase is None else 100 * budget.ppl_increase,
+    }
+    asked, found = (
+        ", ".join(form.format(value) for form, value in values.items() if value is not None)
+        for values in (limits, measured)
+    )
+    return f"at most {asked}; measured: {found or 'nothing'}"
 
 
 def _scheme_text(args: QuantizationArgs) -> str:
@@ -147,17 +167,9 @@ def accuracy_table(accuracy: AccuracyRecord) -> Table:
 
 def _quantization(quantization: Quantization) -> Table:
     """One row for the weights of a role that have the same scheme and algorithm."""
-    table = Table(
-        "role",
-        "layers",
-        "matrices",
-        "scheme",
-        "algorithm",
-        "bits a weight",
-        "error",
-        title="Quantization",
-        title_justify="left",
-    )
+    table = Table("role", "layers", "count", title="Quantization", title_justify="left")
+    for name in ("scheme", "algorithm", "bits", "error"):
+        table.add_column(name, no_wrap=True)
     groups: dict[tuple[str, str, str], list[QuantizedLayer]] = {}
     for layer in quantization.layers:
         groups.setdefault((layer.role, layer.scheme, layer.algorithm), []).append(layer)
@@ -170,12 +182,13 @@ def _quantization(quantization: Quantization) -> Table:
 
 
 def _layers(quantization: Quantization) -> Table:
-    columns = ("weight", "role", "shape", "scheme", "algorithm", "bits a weight", "error")
-    table = Table(*columns, title="Quantized weights", title_justify="left")
+    table = Table(title="Quantized weights", title_justify="left")
+    for name in ("weight", "scheme", "algorithm", "bits", "error"):
+        table.add_column(name, no_wrap=True)
     for layer in quantization.layers:
         error = "-" if layer.error is None else f"{layer.error:.4f}"
-        shape, bits = " x ".join(map(str, layer.shape)), f"{layer.bits_per_weight:.3f}"
-        _add_row(table, layer.name, layer.role, shape, layer.scheme, layer.algorithm, bits, error)
+        name, bits = layer.name.removesuffix(".weight"), f"{layer.bits_per_weight:.3f}"
+        _add_row(table, name, layer.scheme, layer.algorithm, bits, error)
     return table
 
 
@@ -201,7 +214,7 @@ def _range(values: list[float], form: str) -> str:
     if not values:
         return "-"
     least, greatest = f"{min(values):{form}}", f"{max(values):{form}}"
-    return least if least == greatest else f"{least} to {greatest}"
+    return least if least == greatest else f"{least}-{greatest}"
 
 
 def _kv_cache(manifest: Manifest) -> Table:

@@ -21,6 +21,19 @@ def unpack(artifact: Artifact) -> dict[str, Tensor]:
     Raises:
         ArtifactError: a constant is missing or is not what its layout says.
     """
+    weights = plain_weights(artifact)
+    for layer, stored in stored_weights(artifact):
+        value = stored.dequantize()
+        weights.setdefault(layer.name, value.t().contiguous() if layer.transposed else value)
+    return weights
+
+
+def plain_weights(artifact: Artifact) -> dict[str, Tensor]:
+    """The weights that are not quantized, as `unpack` gives them.
+
+    Raises:
+        ArtifactError: a constant is missing or is not what its layout says.
+    """
     constants = artifact.constants()
     weights: dict[str, Tensor] = {}
     for name, record in artifact.manifest.constants.items():
@@ -28,9 +41,6 @@ def unpack(artifact: Artifact) -> dict[str, Tensor]:
         if record.layout == "quantized" or (record.source in weights and record.layout != "plain"):
             continue
         weights[record.source] = _undo(artifact, name, record, constants)
-    for layer, stored in stored_weights(artifact):
-        value = stored.dequantize()
-        weights.setdefault(layer.name, value.t().contiguous() if layer.transposed else value)
     return weights
 
 

@@ -102,7 +102,8 @@ def test_targets_and_passes(checkpoint: Path) -> None:
     assert {"cpu-avx2", "cpu-avx512", "cpu-amx"} <= {target["name"] for target in targets}
     assert "h100" in run("targets").stdout
     passes = [record["name"] for record in json.loads(run("passes", "--json").stdout)]
-    assert passes == ["canonicalize", "quantize_fp8", "kv_cache", "paged_attention", "gather_logits"]
+    assert passes[:2] == ["canonicalize", "smooth_quant"] and passes[-1] == "quantize_kv_cache"
+    assert passes.index("quantize") < passes.index("kv_cache") < passes.index("paged_attention")
     assert "paged_attention" in run("passes").stdout
 
 
@@ -111,7 +112,6 @@ def test_compile_errors(checkpoint: Path, tmp_path: Path, artifact: Path) -> Non
     failed(run("compile", tmp_path / "nowhere", "-o", output), 1, "nowhere", "no such folder")
     failed(run("compile", checkpoint, "-o", output, "--target", "h900"), 2, "h900", "h100")
     failed(run("compile", checkpoint, "-o", output, "--target", "a100", "--fp8"), 2, "sm_80", "h100")
-    failed(run("compile", checkpoint, "-o", output, "--fp8"), 2, "native", "h100")
     failed(run("compile", checkpoint, "-o", output, "--max-model-len", 9999), 2, "9999", "256")
     failed(run("compile", checkpoint, "-o", artifact, "--backend", "eager"), 2, "exists", "--force")
     (tmp_path / "file").write_text("")

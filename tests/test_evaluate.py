@@ -88,6 +88,13 @@ def test_perplexity_is_that_of_transformers(artifact: Path, checkpoint: Path, te
     assert first.perplexity.value == pytest.approx(math.exp(-torch.cat(scores[:2]).mean().item()), rel=1e-5)
 
 
+def test_native_code_is_what_is_measured(native_artifact: Path, artifact: Path, text: Path) -> None:
+    native, portable = evaluate(native_artifact, text, window=WINDOW), evaluate(artifact, text, window=WINDOW)
+    assert (native.native, portable.native) == (True, False)
+    assert native.figures.perplexity.value == pytest.approx(portable.figures.perplexity.value, rel=1e-4)
+    assert not evaluate(native_artifact, text, window=WINDOW, native=False).native
+
+
 def test_a_model_does_not_differ_from_itself(artifact: Path, checkpoint: Path, text: Path) -> None:
     figures = evaluate(artifact, text, against=checkpoint, window=WINDOW).figures
     assert figures.kl_mean is not None and 0 <= figures.kl_mean.value < 1e-9

@@ -43,6 +43,7 @@ ONLY_IN = {
     "fastapi": ("runtime.server",),
     "uvicorn": ("runtime.server",),
     "onnx": ("optimizer.lowering",),
+    "lm_eval": ("optimizer.lm_eval",),
     "pickle": (),
 }
 

@@ -26,7 +26,7 @@ from optc.optimizer.lm_eval import ArtifactLM  # noqa: E402
 
 CHOICES = [
     {"question": "The quick brown", "choices": ["fox", "Käsekuchen", "dog and"], "answer": 0},
-    {"question": "def f(x): return ", "choices": ["x + 1", "the dog"], "answer": 0},
+    {"question": "def f(x): return", "choices": ["x + 1", "the dog"], "answer": 0},
     {"question": "Où est la", "choices": ["El", "bibliothèque", "fox jumps over"], "answer": 1},
     {"question": "日本語の", "choices": ["テキスト", "lazy", "🎉"], "answer": 2},
 ]
@@ -177,9 +177,6 @@ def test_command_line(artifact: Path, tasks: Path, tmp_path: Path, monkeypatch: 
     assert result.exit_code == 0, result.output
     (written,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["results"]["local_choices"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
-    missing = CliRunner().invoke(main, ["lm-eval", "run", "--model", "optc", "--model_args", f"path={tmp_path / 'none'}",
-                                        "--tasks", "local_choices", "--include_path", str(tasks)])  # fmt: skip
-    assert missing.exit_code == 1 and "no such artifact" in missing.stderr and "Traceback" not in missing.output
 
 
 def test_continuations_are_split_as_the_whole_text_is_tokenized(artifact: Path, reference: Reference) -> None:

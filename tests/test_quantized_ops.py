@@ -182,7 +182,9 @@ def test_leading_dimensions_are_kept() -> None:
     assert linear_quantized_reference(arguments[0][:0], *arguments[1:]).shape == (0, 13)
 
 
-@pytest.mark.parametrize("activation", ["int8-token", "int8-group4", "int8-static", "fp8-token", "fp8-group4", "fp8-static"])
+@pytest.mark.parametrize(
+    "activation", ["int8-token", "int8-group4", "int8-static", "fp8-token", "fp8-group4", "fp8-static"]
+)
 def test_rounded_activations(activation: str) -> None:
     """Zeros stay zeros; NaN and Inf come out as NaN or Inf, in their own row; the largest magnitude keeps its value."""
     scale = torch.tensor([0.5]) if activation.endswith("static") else None
@@ -254,7 +256,12 @@ ACT_ORDER = Case(scheme="w4a16-g32-asym", shape=(13, 203), act_order=True)
 @pytest.mark.parametrize(
     ("scheme", "part", "change", "message"),
     [
-        ("w4a16-g32", "weight", lambda w: w[:, :-1], r"codes is torch.int32 \[13, 25\], expected torch.int32 \[13, 26\]"),
+        (
+            "w4a16-g32",
+            "weight",
+            lambda w: w[:, :-1],
+            r"codes is torch.int32 \[13, 25\], expected torch.int32 \[13, 26\]",
+        ),
         ("w4a16-g32", "weight", lambda w: w.to(torch.int8), "codes is torch.int8"),
         ("w8a16", "weight", lambda w: w[:5], r"codes is torch.int8 \[5, 203\]"),
         ("fp8-weight", "weight", lambda w: w.float(), "expected torch.float8_e4m3fn"),

@@ -33,7 +33,7 @@ def test_the_vocabulary_is_that_of_compressed_tensors() -> None:
     presets = schemes.PRESET_SCHEMES
     pairs = {
         "w8a8": "W8A8",
-        "w8a16": "W8A16",
+        "w8a16-g128": "W8A16",
         "w4a16-g128": "W4A16",
         "w4a16-g128-asym": "W4A16_ASYM",
         "fp8-tensor": "FP8",

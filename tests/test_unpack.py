@@ -11,10 +11,11 @@ import torch
 
 import optc
 from optc.errors import ArtifactError
-from optc.passes.quantize_fp8 import quantize_rows
+from optc.passes.quantize.quantize import scale_dtype
+from optc.passes.quantize.rtn import rtn
 from optc.runtime.artifact import Artifact, open_artifact
-from optc.runtime.ops.linear_fp8 import dequantize_fp8
-from optc.runtime.unpack import unpack
+from optc.runtime.scheme import find_scheme
+from optc.runtime.unpack import stored_weights, unpack
 
 from .families import load_reference, save_model
 
@@ -45,26 +46,26 @@ def test_plain_and_transposed_weights_are_bit_exact(name: str, transposed: int, 
         assert torch.equal(weights[key], expected[key]), key
 
 
-@pytest.mark.parametrize(("name", "layout", "count"), [("llama", "fp8", 14), ("gpt2", "fp8_transposed", 8)])
-def test_fp8_weights_come_back_rounded(name: str, layout: str, count: int, tmp_path: Path) -> None:
-    artifact, expected = compiled(name, tmp_path, target="h100", fp8=True)
-    assert layouts(artifact)[layout] == layouts(artifact)["fp8_scale"] == count
+@pytest.mark.parametrize(("name", "count"), [("llama", 14), ("gpt2", 8)])
+@pytest.mark.parametrize("scheme", ["fp8-weight", "w4a16-g32-asym"])
+def test_quantized_weights_come_back_as_their_codes_mean(name: str, count: int, scheme: str, tmp_path: Path) -> None:
+    artifact, expected = compiled(name, tmp_path, quantize=scheme, algorithm="rtn-minmax")
     weights = unpack(artifact)
-    quantized = {record.source for record in artifact.manifest.constants.values() if record.layout == layout}
+    args = find_scheme(scheme).weights
+    quantized = {layer.name for layer, _ in stored_weights(artifact)}
+    assert len(quantized) == count
     for key in set(expected) & set(weights):
         value = expected[key]
         if key in quantized:
-            rows = value.t() if layout == "fp8_transposed" else value
-            rounded = dequantize_fp8(*quantize_rows(rows))
-            assert weights[key].dtype == torch.float32
-            torch.testing.assert_close(rounded, rows.float(), rtol=2**-4, atol=rows.abs().max().item() * 2**-9)
-            value = rounded.t() if layout == "fp8_transposed" else rounded
+            rows = value.t() if name == "gpt2" else value
+            rounded = rtn(rows, args, scale_dtype(value.dtype, rows, args), mse=False).dequantize()
+            assert weights[key].dtype == torch.float32 and not torch.equal(rounded, rows)
+            value = rounded.t() if name == "gpt2" else rounded
         assert torch.equal(weights[key], value), key
 
 
-@pytest.mark.parametrize("layout", ["fp8", "transposed", "fp8_transposed"])
-def test_a_layout_that_is_not_true(layout: str, editable: Path, edit_manifest: Any) -> None:
-    edit_manifest(editable, lambda content: content["constants"]["model.norm.weight"].update(layout=layout))
+def test_a_layout_that_is_not_true(editable: Path, edit_manifest: Any) -> None:
+    edit_manifest(editable, lambda content: content["constants"]["model.norm.weight"].update(layout="transposed"))
     artifact = open_artifact(editable)
-    with pytest.raises(ArtifactError, match=rf"model\.norm\.weight cannot be unpacked from layout {layout}"):
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight cannot be unpacked from layout transposed"):
         unpack(artifact)

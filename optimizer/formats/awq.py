@@ -57,7 +57,7 @@ class AWQ(Format):
         scale = module.take("scales", SCALES, (groups, rows)).t().contiguous()
         zero = _unpack(qzeros)
         is_symmetric = not zero.any()
-        args = groups_or_rows(4, None if groups == 1 else self.group_size, symmetric=is_symmetric)
+        args = groups_or_rows(4, None if self.group_size < 0 else self.group_size, symmetric=is_symmetric)
         weight = QuantizedWeight(_unpack(qweight), scale, None if is_symmetric else zero, None, args)
         return GivenWeight(module.store(weight))
 

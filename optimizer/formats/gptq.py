@@ -85,16 +85,16 @@ class GPTQ(Format):
             group_index = module.take("g_idx", (torch.int32, torch.int64), (None,)).to(torch.int32)
             columns = group_index.numel()
         module.take("qweight", (torch.int32,), (-(-columns * bits // 32), rows))
-        group_size = columns if group_size < 0 else group_size
-        groups = -(-columns // group_size)
+        size = columns if group_size < 0 else group_size
+        groups = -(-columns // size)
         qzeros = module.take("qzeros", (torch.int32,), (groups, -(-rows * bits // 32)))
         scale = module.take("scales", SCALES, (groups, rows)).t().contiguous()
         if group_index is not None:
-            group_index = index_of(group_index, group_size)
+            group_index = index_of(group_index, size)
         zero = self._zeros(qzeros, bits, rows)
         is_symmetric = not zero.any()
         args = groups_or_rows(
-            bits, None if groups == 1 else group_size, symmetric=is_symmetric, has_index=group_index is not None
+            bits, None if group_size < 0 else group_size, symmetric=is_symmetric, has_index=group_index is not None
         )
         codes = unpack_bits(qweight.t().contiguous(), bits, columns)
         return GivenWeight(

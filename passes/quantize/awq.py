@@ -88,7 +88,9 @@ def awq_factors(
 
 def _proposals(site: Site, weights: Mapping[str, Tensor], statistics: Statistics) -> Iterator[Tensor]:
     of_input = site.per_channel(statistics.mean, "mean").clamp_min(1e-8)
-    columns = torch.cat([weight.abs() / weight.abs().mean().clamp_min(1e-30) for weight in weights.values()]).mean(dim=0)
+    columns = torch.cat([weight.abs() / weight.abs().mean().clamp_min(1e-30) for weight in weights.values()]).mean(
+        dim=0
+    )
     of_weight = site.per_channel(columns, "mean")
     for exponent in _EXPONENTS:
         yield site.centred(of_input**exponent)

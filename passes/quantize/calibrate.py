@@ -296,4 +296,4 @@ def _attention(
     grouped = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return grouped.transpose(1, 2)
+    return grouped.transpose(1, 2).contiguous()  # as the op gives it: views follow

@@ -4,34 +4,30 @@
 
 is exact, and costs nothing where x / s comes out of the graph as it stands, with other weights. It does if x is the output
 of a producer with a weight of its own for each channel (a norm's weight and bias, or the rows and bias of a linear layer)
-and every operation between is linear in that channel. `find_sites` proves that by running the graph on labels instead of
-numbers: each element that is proportional to channel n of the producer carries n, every other element -1. Views move
-labels as they move numbers; attention hands the labels of a value head to the query heads that read it; a product passes
-on the label of one factor; what a channel meets that is not linear in it spoils the channel.
+and every operation between is linear in that channel. `channels.py` proves that.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...runtime import ops as _ops  # noqa: F401  the ops must be defined before they are named
 from ...runtime.scheme import Scheme
 from ..base import Result
 from ..graph import Program, arguments, get_weight, set_weight, value_of
 from .calibrate import Calibration, Statistics, calibrate
+from .channels import CASTS, Trace
 from .recipe import Assignment, Recipe, assign
 from .roles import find_candidates
 
-aten, optc = torch.ops.aten, torch.ops.optc
+aten = torch.ops.aten
 
 # How many roundings of a weight's dtype the logits may move by, relative to the largest, when every weight is rounded.
-_ROUNDINGS = 16
+_ROUNDINGS = 4
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,9 @@ class Site:
         return values.new_ones(channels).scatter_reduce(0, self.index, values, reduce, include_self=False)
 
     def centred(self, factors: Tensor) -> Tensor:
-        """Factors [P] over the geometric mean of the largest and smallest; 1 for channels that no input channel has."""
+        """Factors [P] over the geometric mean of the largest and smallest that are used."""
         used = factors[self.index]
-        centre = (used.amax() * used.amin()).sqrt()
-        is_used = torch.zeros_like(factors, dtype=torch.bool).index_fill_(0, self.index, True)
-        return torch.where(is_used, (factors / centre).clamp(1e-4, 1e4), 1.0)
+        return (factors / (used.amax() * used.amin()).sqrt()).clamp(1e-4, 1e4)
 
 
 def find_sites(program: Program) -> tuple[list[Site], dict[fx.Node, str]]:
@@ -90,7 +84,7 @@ def find_sites(program: Program) -> tuple[list[Site], dict[fx.Node, str]]:
     sites: dict[fx.Node, Site] = {}
     reasons: dict[fx.Node, str] = {}
     for producer, shared in _producers(program, uses):
-        trace = _Trace(producer.node)
+        trace = Trace(producer.node)
         if not trace.reached:
             continue
         if reason := shared or trace.why_not() or _why_not_together(trace, uses):
@@ -100,7 +94,9 @@ def find_sites(program: Program) -> tuple[list[Site], dict[fx.Node, str]]:
             site = Site(producer, tuple(trace.reached), next(iter(trace.reached.values())))
             sites |= dict.fromkeys(site.linears, site)
     declined = {
-        node: reasons.get(node, f"{_input(node).name} ({_input(node).target}) has no weights of its own for each channel")
+        node: reasons.get(
+            node, f"{_input(node).name} ({_input(node).target}) has no weights of its own for each channel"
+        )
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default)
         if node not in sites
     }
@@ -117,6 +113,7 @@ def fold_calibrated(
     choose: Choose,
     *,
     wanted: Callable[[Scheme], bool],
+    norms_only: bool = False,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> Result:
     """Fold factors chosen from what the unquantized model sees into every site with a layer whose scheme is wanted.
@@ -127,6 +124,7 @@ def fold_calibrated(
         calibration: the samples to measure the inputs on.
         choose: gives a site's factors f32[P] > 0 from the assignments of its wanted weights and its input's statistics.
         wanted: whether a scheme gains from the transform.
+        norms_only: leave alone what comes from another linear layer.
         on_progress: called with the fraction of the work that is done.
     """
     result = Result()
@@ -137,7 +135,14 @@ def fold_calibrated(
     for linear, reason in declined.items():
         if str(linear.args[1].target) in assignments:  # type: ignore[union-attr]
             result.decline(linear, reason)
-    by_input = {site.input: site for site in sites if assignments.keys() & set(site.names)}
+    by_input: dict[fx.Node, Site] = {}
+    for site in sites:
+        if not assignments.keys() & set(site.names):
+            continue
+        if norms_only and site.producer.node.target is aten.linear.default:
+            result.decline(site.linears[0], f"its input comes from {site.producer.node.name}, which is no norm")
+        else:
+            by_input[site.input] = site
     factors: dict[fx.Node, Tensor] = {}
 
     def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:
@@ -157,10 +162,13 @@ def fold_calibrated(
 def fold(program: Program, site: Site, factors: Tensor) -> None:
     """Divide the producer's channels by `factors` f32[P] > 0 and multiply the linear layers' columns by them.
 
+    Channels that the linear layers do not see, such as the queries of a fused projection, stay as they are.
     Weights are computed in float32 and stored in their own dtype. Where the producer is a norm, the columns make up for
     the rounding of its weight, so that only the columns' own remains.
     """
     vector = get_weight(program.module, producer_weight := site.producer.weights[0][0])
+    is_seen = torch.zeros_like(factors, dtype=torch.bool).index_fill_(0, site.index, True)
+    factors = torch.where(is_seen, factors, 1.0)
     for name, offset in site.producer.weights:
         value = get_weight(program.module, name).detach()
         shape = (-1,) + (1,) * (value.dim() - 1)
@@ -225,7 +233,7 @@ _WEIGHTED: dict[object, tuple[tuple[str, ...], ...]] = {
 
 def _weight(operand: Any) -> tuple[str, float] | None:
     """The name of a weight and what is added to it, if the operand is nothing else."""
-    while isinstance(operand, fx.Node) and operand.target in _CASTS and len(operand.users) == 1:
+    while isinstance(operand, fx.Node) and operand.target in CASTS and len(operand.users) == 1:
         operand = operand.args[0]
     if not isinstance(operand, fx.Node):
         return None
@@ -248,7 +256,7 @@ def _is_per_channel(operand: fx.Node, node: fx.Node) -> bool:
     return floating and value.dim() == (2 if matrix else 1) and isinstance(channels, int) and value.shape[0] == channels
 
 
-def _why_not_together(trace: _Trace, uses: dict[str, list[tuple[fx.Node, fx.Node]]]) -> str | None:
+def _why_not_together(trace: Trace, uses: dict[str, list[tuple[fx.Node, fx.Node]]]) -> str | None:
     """Why the linear layers that a producer reaches cannot all take its factors."""
     first, *others = trace.reached.values()
     if any(not torch.equal(first, other) for other in others):
@@ -262,162 +270,3 @@ def _why_not_together(trace: _Trace, uses: dict[str, list[tuple[fx.Node, fx.Node
             if user not in trace.reached:
                 return f"{weight.target} is also used by {user.name}"
     return None
-
-
-class _Trace:
-    """Where the channels of a producer go.
-
-    Attributes:
-        start: the producer's node.
-        reached: the linear layers, each with the channel behind each of its inputs, or -1.
-    """
-
-    def __init__(self, start: fx.Node) -> None:
-        self.start = start
-        self.reached: dict[fx.Node, Tensor] = {}
-        shape = _shape(start)
-        self._labels: dict[fx.Node, Any] = {start: torch.arange(shape[-1]).expand(shape).contiguous()}
-        self._spoiled_by = torch.full(shape[-1:], -1)
-        self._spoilers: list[fx.Node] = []
-        self._run()
-
-    def why_not(self) -> str | None:
-        """Why the channels that linear layers see cannot take factors."""
-        labels = torch.cat(list(self.reached.values()))
-        if (labels < 0).any():
-            return f"only some of the inputs come from {self.start.name}"
-        spoiled = self._spoiled_by[labels].amax().item()
-        return f"what comes from {self.start.name} also goes to {self._spoilers[spoiled].name}" if spoiled >= 0 else None
-
-    def _run(self) -> None:
-        waiting, node = set(self.start.users), self.start
-        while waiting:
-            node = node.next
-            if node not in waiting:
-                continue
-            waiting.remove(node)
-            result = self._step(node)
-            if any((part >= 0).any() for part in _parts(result)):
-                self._labels[node] = result
-                waiting |= set(node.users)
-
-    def _step(self, node: fx.Node) -> Any:
-        """The labels of a node's value."""
-        touched = [used for used in node.all_input_nodes if used in self._labels]
-        if node.target is aten.linear.default and touched == [node.args[0]]:
-            labels = self._labels[touched[0]].flatten(0, -2)
-            if (labels == labels[0]).all():
-                self.reached[node] = labels[0]
-                return _NOTHING
-        rule = _RULES.get(node.target)
-        if rule is None:
-            result, spoiled = _NOTHING, tuple(self._labels[used] for used in touched)
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-            result, spoiled = rule(node.target, *args, **kwargs)
-        for part in spoiled:
-            labels = torch.cat([tensor.flatten() for tensor in _parts(part)])
-            self._spoiled_by[labels[labels >= 0]] = len(self._spoilers)
-        self._spoilers.append(node)
-        return result
-
-    def _value(self, node: fx.Node) -> Any:
-        """The labels of a node, or its size if it is one; -1 everywhere for what the producer does not reach."""
-        if node in self._labels:
-            return self._labels[node]
-        value = node.meta["val"]
-        return torch.full(_shape(node), -1) if isinstance(value, Tensor) else _hint(value)
-
-
-_NOTHING = torch.tensor(-1)
-
-
-def _parts(labels: Any) -> Sequence[Tensor]:
-    """The tensors of a node's labels: of a split there are several."""
-    return labels if isinstance(labels, tuple | list) else (labels,)
-
-
-def _hint(size: Any) -> Any:
-    """A number of the size that a symbol stands for."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
-def _shape(node: fx.Node) -> list[int]:
-    return [_hint(size) for size in value_of(node).shape]
-
-
-# Each rule takes the op and its arguments as labels, and gives the labels of the result and those that are spoiled.
-_Rule = Callable[..., tuple[Any, tuple[Tensor, ...]]]
-
-
-def _view(op: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    return op(*args, **kwargs), ()
-
-
-def _reshape(op: Any, labels: Tensor, shape: list[int]) -> tuple[Any, tuple[Tensor, ...]]:
-    return labels.reshape(shape), ()  # labels do not lie in memory as the values do, so a view of them may not exist
-
-
-def _same(op: Any, labels: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """Elementwise and positively homogeneous: f(x / s) = f(x) / s for s > 0."""
-    return labels, ()
-
-
-def _type_as(op: Any, labels: Tensor, other: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
-    return labels, ()  # of the other only the dtype counts
-
-
-def _product(op: Any, left: Any, right: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return (left if isinstance(left, Tensor) else right), ()
-    left, right = torch.broadcast_tensors(left, right)
-    both = (left >= 0) & (right >= 0)
-    return torch.where(both, -1, torch.maximum(left, right)), (left[both], right[both])
-
-
-def _quotient(op: Any, left: Any, right: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    if not isinstance(right, Tensor):
-        return left, ()
-    if not isinstance(left, Tensor):
-        return torch.full_like(right, -1), (right,)
-    left, right = torch.broadcast_tensors(left, right)
-    return torch.where(right >= 0, -1, left), (left[right >= 0], right)
-
-
-def _attention(op: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """Q [B, H, T, Dk], k [B, KV, T, Dk], v [B, KV, T, Dv] -> [B, T, H, Dv], linear in v for each of its channels."""
-    mixed = (v != v[:, :, :1]).any(dim=2, keepdim=True).expand_as(v)
-    result = torch.where(mixed, -1, v).repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2)
-    sinks = tuple(arg for arg in args if isinstance(arg, Tensor))
-    return result, (q, k, v[mixed], *sinks)
-
-
-_CASTS = (aten._to_copy.default, aten.to.dtype)
-_VIEWS = (
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.cat.default,
-    operator.getitem,
-)
-_RULES: dict[object, _Rule] = {
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _reshape),
-    **dict.fromkeys((*_CASTS, aten.clone.default, aten.contiguous.default, aten.neg.default, aten.relu.default), _same),
-    aten.type_as.default: _type_as,
-    aten.mul.Tensor: _product,
-    aten.div.Tensor: _quotient,
-    optc.attention.default: _attention,
-}

@@ -18,6 +18,7 @@ from ..base import Pass, Result
 from ..graph import Program, add_weight, call, get_weight, replacing, value_of
 from .calibrate import Calibration, Statistics, calibrate
 from .given import GivenWeight, name_schemes
+from .gptq import gptq, make_good
 from .hqq import hqq
 from .recipe import Assignment, Recipe, activation_args, assign
 from .roles import Candidate, find_candidates
@@ -115,9 +116,17 @@ class _Work:
                     seen.add(candidate.name)
 
         def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:
+            if not torch.isfinite(statistics.hessian).all():
+                raise UsageError(
+                    f"the calibration text makes the inputs of {', '.join(by_input[x])} NaN, Inf or too large to square: "
+                    "they cannot be measured; check that the model computes numbers in its dtype, or use --algorithm rtn"
+                )
             return {name: self.choose(name, statistics) for name in by_input[x]}
 
-        calibrate(self.program, calibration, list(by_input), visit, on_progress=on_progress)
+        with_original = any(assignment.rounding == "gptq" for assignment in self.assignments.values())
+        calibrate(
+            self.program, calibration, list(by_input), visit, with_original=with_original, on_progress=on_progress
+        )
 
     def rest(self, chosen: list[Candidate]) -> None:
         for candidate in chosen:
@@ -150,6 +159,9 @@ def round_weight(
     args = assignment.scheme.weights
     if assignment.rounding == "hqq":
         return hqq(weight, args, dtype)
+    if assignment.rounding == "gptq" and statistics is not None:
+        hessian, cross = statistics.hessian, statistics.cross
+        return gptq(weight if cross is None else make_good(weight, hessian, cross), hessian, args, dtype)
     importance = statistics.hessian.diagonal() if statistics is not None else None
     return rtn(weight, args, dtype, mse=assignment.rounding != "rtn-minmax", importance=importance)
 

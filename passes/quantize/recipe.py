@@ -111,9 +111,14 @@ class Recipe(Record):
                 yield find_scheme(name), rounding or self.rounding
 
     def check_names(self) -> None:
-        """Raises UsageError: a scheme that does not exist, or a rule for routers."""
+        """Raises UsageError: a scheme that does not exist or that its rounding is not for, or a rule for routers."""
         for name in self.scheme_names():
             find_scheme(name)
+        for scheme, rounding in self._schemes():
+            if rounding == "hqq" == rounding_for(scheme, rounding) and scheme.weights.symmetric:
+                raise UsageError(
+                    "hqq fits zero points, and a symmetric scheme has none; take one of the -asym schemes, or rtn"
+                )
         for rule in self.rules:
             if rule.role == "router" and rule.scheme != KEEP:
                 raise UsageError("a rule for the role router: routers stay in full precision; remove it")

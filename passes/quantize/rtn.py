@@ -10,8 +10,10 @@ from torch import Tensor
 from ...runtime.ops.quantized import FP8, FP8_MAX, QuantizedWeight
 from ...runtime.scheme import QuantizationArgs
 
-GRID: tuple[float, ...] = tuple(torch.linspace(1.0, 0.4, 61).tolist())
-_ROWS_AT_ONCE = 2**20
+# Fractions of the range that are tried as scales. With 8 bits nothing is worth cutting, but where the steps fall counts.
+_GRID: tuple[float, ...] = tuple(torch.linspace(1.1, 0.48, 32).tolist())
+_GRID_8_BITS: tuple[float, ...] = tuple(torch.linspace(1.07, 0.93, 24).tolist())
+_VALUES_AT_ONCE = 2**16  # so that a chunk and what is computed from it stay in the cache
 
 
 def rtn(
@@ -21,7 +23,7 @@ def rtn(
     *,
     mse: bool = True,
     importance: Tensor | None = None,
-    grid: Sequence[float] = GRID,
+    grid: Sequence[float] | None = None,
 ) -> QuantizedWeight:
     """Round each weight to the nearest code.
 
@@ -29,9 +31,9 @@ def rtn(
         weight: f32[N, K].
         args: of the weight.
         scale_dtype: what scales are stored in; codes are chosen for the scale as it is stored.
-        mse: choose each scale for the least squared error, over a grid down to 0.4 of the range; else for the range.
+        mse: choose each scale for the least squared error, over a grid and then by least squares; else for the range.
         importance: f32[K]: weights of the squared errors of each column, such as the mean square of its input.
-        grid: the fractions of the range that are tried.
+        grid: the fractions of the range that are tried, if not the usual ones.
     """
     scale, zero = choose_scales(weight, args, scale_dtype, mse=mse, importance=importance, grid=grid)
     return QuantizedWeight(round_to(weight, scale, zero, args), scale, zero, None, args)
@@ -44,7 +46,7 @@ def choose_scales(
     *,
     mse: bool = True,
     importance: Tensor | None = None,
-    grid: Sequence[float] = GRID,
+    grid: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale [ceil(N / rows), ceil(K / columns)] in `scale_dtype` and, if asymmetric, zero points int8 of that shape."""
     blocks = _blocks(weight, args)
@@ -54,10 +56,8 @@ def choose_scales(
         spread = importance.float().clamp_min(importance.float().mean() * 1e-6 + 1e-30)
         weights = _blocks(spread.expand(rows, -1), args)
     scales, zeros = [], []
-    count = max(1, _ROWS_AT_ONCE // blocks.shape[-1])
-    groups = blocks.shape[1]
-    for start in range(0, blocks.shape[0], max(1, count // groups)):
-        part = blocks[start : start + max(1, count // groups)]
+    grid = grid or (_GRID_8_BITS if args.num_bits == 8 else _GRID)
+    for part in blocks.split(max(1, _VALUES_AT_ONCE // blocks[0].numel())):
         scale, zero = _search(part, args, scale_dtype, weights if mse else None, grid if mse else ())
         scales.append(scale)
         zeros.append(zero)
@@ -79,18 +79,34 @@ def _search(
     best_scale, best_zero = _from_range(blocks, args, dtype, 1.0, 1.0)
     if not grid:
         return best_scale, best_zero
-    best = _loss(blocks, best_scale, best_zero, args, importance)
+    values, least = torch.empty_like(blocks), torch.full_like(best_zero, torch.inf)
+
+    def consider(scale: Tensor, zero: Tensor) -> None:
+        nonlocal best_scale, best_zero, least
+        loss = _loss(blocks, scale.float()[..., None], zero[..., None], args, importance, values)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+
+    consider(best_scale, best_zero)
     # A symmetric integer range has one code more below zero; a negative scale turns it upside down.
     signs = (1.0, -1.0) if args.type == "int" and args.symmetric and args.num_bits < 8 else (1.0,)
     for shrink in grid:
         for sign in signs:
-            scale, zero = _from_range(blocks, args, dtype, shrink, sign)
-            loss = _loss(blocks, scale, zero, args, importance)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
+            consider(*_from_range(blocks, args, dtype, shrink, sign))
+    for _ in range(2):
+        consider(_least_squares(blocks, best_scale, best_zero, args, importance), best_zero)
     return best_scale, best_zero
+
+
+def _least_squares(
+    blocks: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs, importance: Tensor | None
+) -> Tensor:
+    """The best scale for the codes that this scale leads to, as it is stored; this scale where there is none."""
+    levels = nearest_codes(blocks, scale.float()[..., None], zero[..., None], args) - zero[..., None]
+    weighted = levels if importance is None else levels * importance
+    best = ((weighted * blocks).sum(dim=-1) / (weighted * levels).sum(dim=-1)).to(scale.dtype)
+    return torch.where(torch.isfinite(best) & (best * scale > 0), best, scale)
 
 
 def _from_range(
@@ -116,11 +132,16 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((stored.float() == 0) | ~torch.isfinite(stored.float()), torch.ones_like(stored), stored)
 
 
-def _loss(blocks: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs, importance: Tensor | None) -> Tensor:
-    steps = scale.float()[..., None]
-    error = (nearest_codes(blocks, steps, zero[..., None], args) - zero[..., None]) * steps - blocks
-    squared = error.square()
-    return (squared if importance is None else squared * importance).sum(dim=-1)
+def _loss(
+    blocks: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs, importance: Tensor | None, values: Tensor
+) -> Tensor:
+    """Squared error of each block [R, G, E] -> [R, G]; `values` is memory of the shape of `blocks` to work in."""
+    if args.type == "float":
+        values.copy_(nearest_codes(blocks, scale, zero, args))
+    else:
+        torch.div(blocks, scale, out=values).add_(zero).round_().clamp_(*args.code_range()).sub_(zero)
+    values.mul_(scale).sub_(blocks).square_()
+    return (values if importance is None else values.mul_(importance)).sum(dim=-1)
 
 
 def nearest_codes(values: Tensor, scale: Tensor, zero: Tensor, args: QuantizationArgs) -> Tensor:

@@ -20,8 +20,9 @@ from .recipe import Assignment, Recipe
 class SmoothQuant(Pass):
     """producer -> x -> linear(x, W)  becomes  producer / s -> x / s -> linear(x / s, W * s), with s for each channel of x
 
-    s = max|x|^alpha / max|W|^(1 - alpha)  (Xiao et al. 2022, equation 4), where the recipe rounds x. `fold` says where a
-    producer can be divided. Exact, up to the rounding of the new weights to the model's dtype.
+    s = max|x|^alpha / max|W|^(1 - alpha)  (Xiao et al. 2022, equation 4), where the recipe rounds x and x comes from a norm,
+    as in the paper: behind other linear layers it costs more than it gains. `fold` says where a producer can be divided.
+    Exact, up to the rounding of the new weights to the model's dtype.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
@@ -45,6 +46,7 @@ class SmoothQuant(Pass):
             self.calibration,
             choose,
             wanted=lambda scheme: scheme.input_activations is not None,
+            norms_only=True,
             on_progress=self.on_progress,
         )
 

@@ -129,7 +129,10 @@ FOLDABLE: dict[str, tuple[tuple[str, ...], Build]] = {
         ("norm",),
         lambda g, x, **w: _linear(g, call(g, aten.rms_norm.default, x, [8], w["norm"], 1e-6), w["w1"]),
     ),
-    "a linear layer with bias": (("w1", "bias"), lambda g, x, **w: _linear(g, _linear(g, x, w["w1"], w["bias"]), w["w2"])),
+    "a linear layer with bias": (
+        ("w1", "bias"),
+        lambda g, x, **w: _linear(g, _linear(g, x, w["w1"], w["bias"]), w["w2"]),
+    ),
     "through ReLU, a cast and a constant": (
         ("w1",),
         lambda g, x, **w: _linear(g, _mul(g, call(g, aten.relu.default, _linear(g, x, w["w1"])), 3.0), w["w2"]),
@@ -171,13 +174,10 @@ def test_each_producer_that_can_be_divided(case: str, program_of: Callable[..., 
     torch.testing.assert_close(program.module(x)[0], before, rtol=1e-5, atol=1e-5)
 
 
-def _and_sum(g: fx.Graph, normed: fx.Node, linear: fx.Node) -> fx.Node:
-    return call(g, aten.add.Tensor, linear, normed)
-
-
 def _norm_used_twice(g: fx.Graph, x: fx.Node, **w: fx.Node) -> fx.Node:
+    negative = call(g, aten.neg.default, x)
     first = _linear(g, _mul(g, x, w["norm"]), w["w1"])
-    return _linear(g, _mul(g, first, w["norm"]), w["w2"])
+    return call(g, aten.add.Tensor, first, _linear(g, _mul(g, negative, w["norm"]), w["w2"]))
 
 
 def _input_used_elsewhere(g: fx.Graph, x: fx.Node, **w: fx.Node) -> fx.Node:

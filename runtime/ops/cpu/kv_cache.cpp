@@ -15,7 +15,8 @@ void write_codes(const Tensor& x, const Tensor& kv_cache, const int64_t* slots, 
   const int64_t row_stride = kv_cache.size(3) - 2 * kScaleBytes;
   const T* data = static_cast<const T*>(x.data_ptr());
   const int64_t token_stride = x.stride(0), x_head_stride = x.stride(1);
-  const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, heads * dim));  // elements, about 5 us
+  // A thread is worth waking for about 16 Ki elements.
+  const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, heads * dim));
   torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> row(round_up(dim, kLanes));
     for (int64_t t = begin; t < end; t++) {
