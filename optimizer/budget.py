@@ -22,7 +22,7 @@ from ..passes.quantize.quantize import Quantize, round_weight, scale_dtype
 from ..passes.quantize.recipe import KEEP, Assignment, Recipe, Rule, assign
 from ..passes.quantize.roles import find_candidates
 from ..passes.quantize.sensitivity import Group, log_probabilities, measure_sensitivity, tied_groups
-from ..runtime.manifest import BudgetRecord, SensitivityRecord
+from ..runtime.manifest import AccuracyRecord, BudgetRecord, SensitivityRecord
 from ..runtime.scheme import find_scheme
 
 _ROUNDS = 4
@@ -55,6 +55,14 @@ class Budget:
                 raise UsageError(f"{name} {value:g}: expected a number above 0")
         if self.bits is not None and not 1 < self.bits <= 16:
             raise UsageError(f"--bits {self.bits:g}: expected a number of bits a weight, above 1 and at most 16")
+
+    def __str__(self) -> str:
+        limits = (
+            ("--max-kl", self.max_kl, ""),
+            ("--max-ppl-increase", None if self.max_ppl_increase is None else 100 * self.max_ppl_increase, "%"),
+            ("--bits", self.bits, ""),
+        )
+        return ", ".join(f"{name} {value:g}{unit}" for name, value, unit in limits if value is not None)
 
     def excess(self, divergence: float, ppl_increase: float) -> float:
         """The measured values over their limits: kept if at most 1; 0 without limits."""
@@ -208,6 +216,48 @@ def limited(samples: Sequence[Tensor], program: Program) -> Sequence[Tensor]:
     return samples[: max(1, limit // max(len(samples[0]), 1))]
 
 
+def check_budget(original: Program, found: Program, budget: Budget, samples: Sequence[Tensor]) -> BudgetRecord:
+    """Measure a quantized program whose schemes the user chose.
+
+    Raises:
+        BudgetError: it does not keep the budget.
+    """
+    assert found.quantization is not None
+    bits = found.quantization.bits_per_weight
+    divergence, increase = measure_whole(original, found, limited(samples, original))
+    if budget.excess(divergence, increase) > 1 or (budget.bits is not None and bits > budget.bits):
+        raise BudgetError(
+            f"the budget ({budget}) is not kept: a mean KL divergence of {divergence:.5f} nats and {100 * increase:+.2f}% "
+            f"perplexity at {bits:.3f} bits a weight; choose a scheme of more bits, or --int4 for the best mix"
+        )
+    return BudgetRecord(
+        max_kl=budget.max_kl,
+        max_ppl_increase=budget.max_ppl_increase,
+        bits=budget.bits,
+        kl=divergence,
+        ppl_increase=increase,
+        bits_per_weight=bits,
+        rounds=1,
+        groups=(),
+    )
+
+
+def check_accuracy(budget: Budget, found: AccuracyRecord) -> None:
+    """Compare what the artifact was measured at with the budget.
+
+    Raises:
+        BudgetError: it does not keep the budget.
+    """
+    kl, increase = found.figures.kl_mean, found.figures.perplexity_increase
+    assert kl is not None and increase is not None
+    if budget.excess(kl.value, increase.value) > 1:
+        raise BudgetError(
+            f"the budget ({budget}) is kept on the calibration data and not on {found.text}: there the artifact has a mean "
+            f"KL divergence of {kl.value:.5f} nats and {100 * increase.value:+.2f}% perplexity; nothing was written; ask for "
+            "less, or calibrate on text that is more like it"
+        )
+
+
 def _record(
     budget: Budget,
     groups: Sequence[Group],
@@ -243,11 +293,8 @@ def _refusal(budget: Budget, attempts: Sequence[_Attempt], options: Sequence[Seq
         smallest = 8 * sum(min(option.num_bytes for option in found) for found in options) / size
         return f"--bits {budget.bits:g}: the smallest mix has {smallest:.3f} bits a weight; ask for at least that"
     best = min(attempts, key=lambda attempt: budget.excess(attempt.divergence, attempt.ppl_increase))
-    limits = [f"--max-kl {budget.max_kl:g}" if budget.max_kl is not None else None,
-              f"--max-ppl-increase {100 * budget.max_ppl_increase:g}%" if budget.max_ppl_increase is not None else None,
-              f"--bits {budget.bits:g}" if budget.bits is not None else None]  # fmt: skip
     return (
-        f"the budget ({', '.join(filter(None, limits))}) cannot be kept: the best of {len(attempts)} mixes has a mean KL "
+        f"the budget ({budget}) cannot be kept: the best of {len(attempts)} mixes has a mean KL "
         f"divergence of {best.divergence:.5f} nats and {100 * best.ppl_increase:+.2f}% perplexity at "
         f"{8 * best.mix.num_bytes / size:.3f} bits a weight; allow more of either"
     )

@@ -24,6 +24,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 _KEYS = 'text (a string) or messages (a list of {"role": ..., "content": ...})'
 _PIECE = 2**20  # characters: longer texts are tokenized in pieces
 _SHINGLE = 32
+_MEASURED = 32  # sequences that a budget is measured on, if their logits find room
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,35 @@ def load_calibration(
             f"{path.name} gives {len(samples)} calibration sequences of {sequence_length} tokens, not {num_samples}"
         )
     return Calibration(samples, path.name, seed), notes
+
+
+def measuring_samples(
+    checkpoint: Checkpoint | None, given: Path | None, *, num_samples: int, sequence_length: int, seed: int
+) -> list[Tensor]:
+    """Sequences of the calibration data, each i64[n], to measure an accuracy budget on: none of those that
+    `prepare_calibration` draws with the same arguments.
+
+    Raises:
+        UsageError: there is no data, or none is left.
+    """
+    path = given or (find_calibration(checkpoint.folder) if checkpoint is not None else None)
+    tokenizer = checkpoint.tokenizer if checkpoint is not None else None
+    if path is None or tokenizer is None or checkpoint is None:
+        lack = "a tokenizer" if tokenizer is None else "a text: give --calibration FILE"
+        raise UsageError(f"an accuracy budget is measured on text, and that needs {lack}")
+    found, _ = load_calibration(
+        path,
+        tokenizer,
+        num_samples=num_samples + _MEASURED,
+        sequence_length=min(sequence_length, checkpoint.max_model_len),
+        seed=seed,
+    )
+    if len(found.samples) <= num_samples:
+        raise UsageError(
+            f"{path}: all of its {len(found.samples)} sequences are calibrated on, and an accuracy budget needs others to "
+            f"measure on; give more text, or at most --calibration-samples {max(1, len(found.samples) * 7 // 8)}"
+        )
+    return list(found.samples[num_samples:])
 
 
 def overlap(calibration: Calibration, evaluation: Sequence[Tensor]) -> float:

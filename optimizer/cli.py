@@ -36,6 +36,18 @@ _COLUMNS = (
 )
 
 
+class Percentage(click.ParamType[float]):
+    """`2%` or `2` as 0.02."""
+
+    name = "percentage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return float(str(value).removesuffix("%")) / 100
+        except ValueError:
+            self.fail(f"{value!r}: expected a percentage, such as 2%", param, ctx)
+
+
 @click.command("compile", short_help="Compile a checkpoint into an artifact.")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write.  [default: NAME.optc]")
@@ -61,6 +73,10 @@ _COLUMNS = (
 )
 @click.option("--calibration-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--max-kl", type=float, metavar="X",
+              help="Budget: mean KL divergence to the unquantized model, nats a token.")  # fmt: skip
+@click.option("--max-ppl-increase", type=Percentage(), metavar="P%", help="Budget: increase of the perplexity.")
+@click.option("--bits", type=float, metavar="B", help="Budget: the best mix of schemes at B bits a weight, as 4.5.")
 @click.option("--eval", "evaluate", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to measure the artifact on, against MODEL in float32; see `optc eval`.")  # fmt: skip
 @click.option(
@@ -94,6 +110,9 @@ def compile_command(
       optc compile ./my-llama
       optc compile ./my-llama --adapter ./my-lora -o tuned.optc
       optc compile Qwen/Qwen3-8B --target h100 --fp8 -o qwen3.optc
+      optc compile ./my-llama --int4 --calibration texts/ --eval heldout.txt
+      optc compile ./my-llama --bits 4.5
+      optc compile ./my-llama --int4 --max-ppl-increase 1%
       optc compile ./my-llama --target cpu-avx2 --dtype bfloat16 --dump graphs/
     """
     output = output or Path(f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}.optc")
@@ -246,12 +265,13 @@ def passes_command(as_json: bool) -> None:
     from ..passes.quantize.calibrate import Calibration
     from ..passes.quantize.recipe import Recipe
     from .config import CompileConfig
-    from .pipeline import shared_passes, step_passes
+    from .pipeline import float_passes, quantize_passes, step_passes
     from .targets import find_target
 
     recipe = Recipe(default="w4a16-g128", transforms=("smoothquant", "awq"), kv_cache="int8")
     config = CompileConfig(source="", output=Path(), target=find_target("native"), recipe=recipe)
-    shared = shared_passes(config, Calibration((), source="", seed=0))  # the transforms take one, to be run
+    # The transforms take the data that they will run on.
+    shared = [*float_passes(config, Calibration((), source="", seed=0)), *quantize_passes(config)]
     rows = [("both", item) for item in shared] + [("step", item) for item in step_passes(config)]
     documented = [(name, item.name, cleandoc(type(item).__doc__ or "")) for name, item in rows]
     if as_json:

@@ -2,87 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .. import __version__
 from ..errors import UsageError
-from ..passes.base import run_passes
-from ..passes.graph import Program, value_of
+from ..passes.base import Pass, run_passes
+from ..passes.graph import Program
 from ..passes.quantize.calibrate import Calibration
-from ..passes.quantize.given import GivenWeight
 from ..passes.quantize.recipe import Recipe
 from ..passes.verify import Probe
 from ..runtime.artifact import open_artifact
-from ..runtime.manifest import (
-    AccuracyRecord,
-    KVCacheSpec,
-    Manifest,
-    MemoryPlan,
-    ModelRecord,
-    NativeCode,
-    PassRecord,
-    TokenizerRecord,
-    Versions,
-    checksum_of,
-    identity_of,
-)
+from ..runtime.manifest import AccuracyRecord, PassRecord
 from ..runtime.ops.kernels import supports
-from ..runtime.program import encode_program, program_ops, write_program
-from ..runtime.report import report_html
-from .calibration import check_calibration, overlap, prepare_calibration
-from .capture import capture, capture_module, first_line
-from .checkpoint import Checkpoint, load_checkpoint
+from .assemble import finish_artifact, write_artifact
+from .budget import Budget, check_accuracy, check_budget, choose_mix
+from .calibration import check_calibration, measuring_samples, overlap, prepare_calibration
+from .captured import Captured, capture_checkpoint, capture_plain_module
 from .config import Backend, CompileConfig
 from .evaluate import Windows, evaluate_windows, load_reference, make_windows, read_text
-from .package import CHECKPOINT_FOLDER, check_output, file_records, write_manifest, write_weights, writing
-from .pipeline import shared_passes, step_passes
-from .quantization import given_recipe, given_weights, make_recipe
+from .package import check_output, writing
+from .pipeline import float_passes, quantize_passes, step_passes
+from .progress import Progress
+from .quantization import given_recipe, make_recipe
 from .targets import find_target
 
-STEP_FILE, SCORE_FILE, REPORT_FILE = "program/step.json", "program/score.json", "report.html"
 _MOST_OVERLAP = 0.01  # of evaluation text in the calibration data
-
-
-@dataclass
-class Progress:
-    """Where the driver reports to; the defaults are silent. `seconds` fills up with the time each stage took.
-
-    `on_fraction` is called in the course of a long stage with the fraction of it that is done.
-    """
-
-    show: Callable[[str], AbstractContextManager[Any]] = field(default=lambda stage: nullcontext())
-    on_fraction: Callable[[float], None] = field(default=lambda fraction: None)
-    on_pass: Callable[[PassRecord], None] = field(default=lambda record: None)
-    on_warning: Callable[[str], None] = field(default=lambda warning: None)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        with self.show(name):
-            yield
-        self.seconds[name] = time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model as a graph, with what the manifest says about it."""
-
-    program: Program
-    record: ModelRecord
-    checkpoint: Checkpoint | None
-    given: Mapping[str, GivenWeight] = field(default_factory=dict)
 
 
 def compile(
@@ -100,6 +47,9 @@ def compile(
     calibration_samples: int = 128,
     calibration_length: int = 512,
     seed: int = 0,
+    max_kl: float | None = None,
+    max_ppl_increase: float | None = None,
+    bits: float | None = None,
     evaluate: str | Path | None = None,
     force: bool = False,
     dump: str | Path | None = None,
@@ -124,6 +74,9 @@ def compile(
         kv_cache: store keys and values as int8 or fp8.
         calibration: file or folder of text to calibrate on.
         calibration_samples, calibration_length, seed: how many sequences of how many tokens are drawn from it, and how.
+        max_kl, max_ppl_increase, bits: the accuracy budget, see `Budget`: mean KL divergence in nats, increase of the
+            perplexity as a fraction, bits a weight. With a preset (or none: int4) the schemes are chosen to keep it; with a
+            scheme or a recipe it is only checked.
         evaluate: file of text to measure the artifact on, beside the checkpoint in float32, before it is published.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
@@ -146,6 +99,10 @@ def compile(
     if not isinstance(block_size, int) or isinstance(block_size, bool) or not 1 <= block_size <= 1024:
         raise UsageError(f"block size {block_size}: expected 1 to 1024 tokens")
     hardware = find_target(target)
+    budget = None
+    if not max_kl is max_ppl_increase is bits is None:
+        budget = Budget(max_kl=max_kl, max_ppl_increase=max_ppl_increase, bits=bits)
+        quantize = "int4" if quantize is None else quantize
     config = CompileConfig(
         source=str(model) if isinstance(model, str | Path) else type(model).__name__,
         output=Path(output),
@@ -158,6 +115,7 @@ def compile(
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         seed=seed,
+        budget=budget,
         evaluate=Path(evaluate) if evaluate is not None else None,
         force=force,
         dump=Path(dump) if dump is not None else None,
@@ -172,144 +130,73 @@ def compile(
         read_text(config.evaluate)  # fails now, not after the model is loaded
     progress = progress or Progress()
     if isinstance(model, nn.Module):
-        captured = _capture_module(model, example_inputs, config, progress)
+        captured = capture_plain_module(model, example_inputs, config, progress)
     else:
-        captured = _capture_checkpoint(config, progress)
+        captured = capture_checkpoint(config, progress)
         if captured.checkpoint is not None and captured.checkpoint.quantized is not None:
             config = replace(config, recipe=given_recipe(captured.checkpoint.quantized, config.recipe))
     return _build(captured, config, progress)
 
 
-def _capture_checkpoint(config: CompileConfig, progress: Progress) -> Captured:
-    with progress.stage("load checkpoint"):
-        checkpoint = load_checkpoint(
-            config.source,
-            dtype=config.dtype,
-            adapter=config.adapter,
-            max_model_len=config.max_model_len,
-            is_quantizing=config.recipe is not None and bool(config.recipe.scheme_names()),
-        )
-    with progress.stage("capture"):
-        program, notes = capture(checkpoint.model, checkpoint.max_model_len)
-    given: Mapping[str, GivenWeight] = {}
-    if checkpoint.quantized is not None:
-        given, found = given_weights(checkpoint.quantized, config.target, config.recipe)
-        notes += found
-    record = ModelRecord(
-        source=checkpoint.source,
-        source_sha256=checkpoint.sha256,
-        model_type=checkpoint.config.model_type,
-        architecture=type(checkpoint.model).__name__,
-        adapter=checkpoint.adapter,
-        parameters=sum(p.numel() for p in checkpoint.model.parameters()),
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
-        vocab_size=_vocab_size(program),
-        max_model_len=checkpoint.max_model_len,
-        notes=tuple(checkpoint.notes + notes),
-    )
-    return Captured(program, record, checkpoint, given)
-
-
-def _capture_module(
-    module: nn.Module, example_inputs: tuple[Tensor, Tensor] | None, config: CompileConfig, progress: Progress
-) -> Captured:
-    if example_inputs is None:
-        raise UsageError("compiling a module needs example_inputs=(input_ids, positions), each i64[1, T] with T >= 2")
-    if config.adapter is not None or config.dtype != "auto":
-        raise UsageError("adapter and dtype are for checkpoints; change the module itself")
-    if config.evaluate is not None:
-        raise UsageError("evaluate is for checkpoints with a tokenizer; a module has none")
-    limit = 2048 if config.max_model_len is None else config.max_model_len
-    if limit < 2:
-        raise UsageError(f"max_model_len {limit}: expected at least 2")
-    with progress.stage("capture"):
-        program = capture_module(module, example_inputs, limit)
-        _check_last_position(module, example_inputs, limit)
-    record = ModelRecord(
-        source=config.source,
-        source_sha256=_hash_weights(module),
-        model_type="module",
-        architecture=type(module).__name__,
-        adapter=None,
-        parameters=_module_size(module, program),
-        dtype=str(_module_dtype(module, program)).removeprefix("torch."),
-        vocab_size=_vocab_size(program),
-        max_model_len=limit,
-        notes=(),
-    )
-    return Captured(program, record, None)
-
-
-def _check_last_position(module: nn.Module, example_inputs: tuple[Tensor, Tensor], limit: int) -> None:
-    """Run the module on two tokens at the last positions: a table of positions that is too small fails here, not later."""
-    ids, positions = example_inputs
-    try:
-        with torch.no_grad():
-            module(ids[:, :2], torch.tensor([[limit - 2, limit - 1]], dtype=positions.dtype, device=positions.device))
-    except Exception as error:
-        raise UsageError(
-            f"max_model_len {limit}: {type(module).__name__} fails at position {limit - 1}: {first_line(error)}; give the "
-            "max_model_len that it has positions for"
-        ) from error
-
-
-def _module_size(module: nn.Module, program: Program) -> int:
-    """How many parameters; of a module that keeps its weights elsewhere, how many numbers its program holds (or 1)."""
-    count = sum(p.numel() for p in module.parameters())
-    return count or sum(weight.numel() for weight in program.weights().values()) or 1
-
-
-def _module_dtype(module: nn.Module, program: Program) -> torch.dtype:
-    """Of the first floating parameter or buffer; of the logits if there is none."""
-    kept = [tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
-    return kept[0] if kept else value_of(_logits(program)).dtype
-
-
-def _logits(program: Program) -> fx.Node:
-    logits = program.graph.output_node().args[0][0]  # type: ignore[index]
-    assert isinstance(logits, fx.Node)
-    return logits
-
-
-def _vocab_size(program: Program) -> int:
-    return int(value_of(_logits(program)).shape[-1])
-
-
-def _hash_weights(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        # Flat first: a tensor without dimensions cannot be viewed as bytes.
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Path:
-    model = captured.record
-    probe = Probe.random(model.vocab_size, model.max_model_len) if config.verify else None
-    score = captured.program
     captured, config, calibration = _prepared(captured, config, progress)
+    samples = _budget_samples(captured, config)
     windows = _evaluation_windows(captured, config)
     captured = _with_notes(captured, _overlap_notes(calibration, windows, progress))
+    score, records = captured.program, list[PassRecord]()
+
+    def run(program: Program, passes: list[Pass], stage: str) -> None:
+        facts = {"canonical"} if records else ()
+        dump = config.dump and config.dump / stage
+        records.extend(run_passes(program, passes, facts=facts, probe=probe, dump=dump, on_record=progress.on_pass))
+
+    model = captured.record
+    probe = Probe.random(model.vocab_size, model.max_model_len) if config.verify else None
     with progress.stage("passes"):
-        records = run_passes(
-            score,
-            shared_passes(config, calibration, captured.given, progress.on_fraction),
-            probe=probe,
-            dump=config.dump and config.dump / "shared",
-            on_record=progress.on_pass,
-        )
-        step = score.copy()
-        step_dump = config.dump and config.dump / "step"
-        records += run_passes(
-            step, step_passes(config), facts={"canonical"}, probe=probe, dump=step_dump, on_record=progress.on_pass
-        )
+        run(score, float_passes(config, calibration, progress.on_fraction), "shared")
+    budget_record = None
+    if config.budget is not None and config.recipe is not None and config.recipe.adapt:
+        with progress.stage("choose schemes"):
+            recipe, budget_record = choose_mix(
+                score, config.recipe, config.budget, calibration, samples, on_progress=progress.on_fraction
+            )
+        config = replace(config, recipe=recipe)
+    if config.recipe is not None:
+        original = score.copy()
+        with progress.stage("quantize"):
+            run(score, quantize_passes(config, calibration, captured.given, progress.on_fraction), "quantize")
+        if config.budget is not None:
+            budget_record = budget_record or check_budget(original, score, config.budget, samples)
+            assert score.quantization is not None
+            score.quantization = score.quantization.model_copy(update={"budget": budget_record})
+    step = score.copy()
+    with progress.stage("step program"):
+        run(step, step_passes(config), "step")
     with writing(config.output, force=config.force) as folder:
-        manifest = _write(folder, captured, score, step, records, config, progress)
+        manifest = write_artifact(folder, captured, score, step, records, config, progress)
         if windows is not None:
             accuracy = _evaluate(folder, windows, config, progress)
-            manifest = _finish(folder, manifest.model_copy(update={"accuracy": accuracy, "stages": progress.seconds}))
+            if config.budget is not None:
+                check_accuracy(config.budget, accuracy)
+            finish_artifact(folder, manifest.model_copy(update={"accuracy": accuracy, "stages": progress.seconds}))
     return config.output
+
+
+def _budget_samples(captured: Captured, config: CompileConfig) -> list[Tensor]:
+    """What the budget is measured on; refused here, before the work, if there is nothing."""
+    if config.budget is None:
+        return []
+    if captured.given:
+        raise UsageError(
+            f"{config.source}: is already quantized, so there is no unquantized model for a budget to compare it with"
+        )
+    return measuring_samples(
+        captured.checkpoint,
+        config.calibration,
+        num_samples=config.calibration_samples,
+        sequence_length=config.calibration_length,
+        seed=config.seed,
+    )
 
 
 def _evaluation_windows(captured: Captured, config: CompileConfig) -> Windows | None:
@@ -373,151 +260,6 @@ def _overlap_notes(calibration: Calibration | None, windows: Windows | None, pro
     )
     progress.on_warning(warning)
     return [warning]
-
-
-def _write(
-    folder: Path,
-    captured: Captured,
-    score: Program,
-    step: Program,
-    records: list[PassRecord],
-    config: CompileConfig,
-    progress: Progress,
-) -> Manifest:
-    (folder / "program").mkdir()
-    encoded = {}
-    for file, program in ((STEP_FILE, step), (SCORE_FILE, score)):
-        encoded[file] = encode_program(program.module, [spec.name for spec in program.inputs])
-        write_program(folder / file, encoded[file])
-    with progress.stage("write weights"):
-        constants = write_weights(
-            folder, step.weights() | score.weights(), score.sources | step.sources, score.layouts | step.layouts
-        )
-    native = (_lower(folder, step, config, progress),) if config.backend == "inductor" else ()
-    tokenizer = _write_tokenizer(folder, captured.checkpoint)
-    if captured.checkpoint is not None:
-        _write_small_files(folder / CHECKPOINT_FOLDER, captured.checkpoint)
-    with progress.stage("hash files"):
-        files = file_records(folder)
-    manifest = Manifest(
-        identity="",
-        checksum="",
-        created_by=Versions(optc=__version__, torch=torch.__version__, transformers=version("transformers")),
-        target=config.target.name,
-        backend=config.backend,
-        model=captured.record,
-        block_size=config.block_size,
-        kv_cache=tuple(step.kv_cache),
-        step=step.spec(STEP_FILE),
-        score=score.spec(SCORE_FILE),
-        constants=constants,
-        required_ops=tuple(sorted({op for program in encoded.values() for op in program_ops(program)})),
-        native=native,
-        quantization=score.quantization,
-        accuracy=None,
-        passes=tuple(records),
-        stages=progress.seconds,
-        memory=_memory_plan(folder, step.kv_cache, config),
-        tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(captured.checkpoint),
-        generation=_sampling_defaults(captured.checkpoint),
-        files=files,
-    )
-    return _finish(folder, manifest.model_copy(update={"identity": identity_of(manifest)}))
-
-
-def _finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the report and the manifest, which from here on has its checksum."""
-    known = {name: record for name, record in manifest.files.items() if name != REPORT_FILE}
-    (folder / REPORT_FILE).write_text(report_html(manifest), encoding="utf-8")
-    manifest = manifest.model_copy(update={"files": file_records(folder, known=known)})
-    manifest = manifest.model_copy(update={"checksum": checksum_of(manifest)})
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progress) -> NativeCode:
-    target = config.target
-    torch_version = ".".join(torch.__version__.split(".")[:2])
-    if not target.can_build_here():
-        return NativeCode(
-            target=target.name,
-            backend="inductor",
-            status="pending",
-            cpu_features=(),
-            torch_version=torch_version,
-            constants={},
-            step=None,
-            kernels=None,
-            reason=f"code for {target.architecture} is made on a {target.name}; until then the portable program runs",
-        )
-    from .lowering.inductor import compile_step, constant_names
-    from .lowering.native import build_kernels
-
-    code = folder / "code" / target.name
-    code.mkdir(parents=True)
-    assert target.isa is not None
-    with progress.stage("compile kernels"):
-        (code / "kernels.so").write_bytes(build_kernels(target.isa).read_bytes())
-    with progress.stage("compile step program"):
-        features = compile_step(step, target, code / "step.pt2")
-    return NativeCode(
-        target=target.name,
-        backend="inductor",
-        status="ready",
-        cpu_features=features,
-        torch_version=torch_version,
-        constants={code_name: name for name, code_name in constant_names(step).items()},
-        step=f"code/{target.name}/step.pt2",
-        kernels=f"code/{target.name}/kernels.so",
-    )
-
-
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint | None) -> TokenizerRecord | None:
-    if checkpoint is None or checkpoint.tokenizer is None:
-        return None
-    data = checkpoint.tokenizer
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/tokenizer.json").write_text(data.json, encoding="utf-8")
-    if data.chat_template:
-        (folder / "tokenizer/chat_template.jinja").write_text(data.chat_template, encoding="utf-8")
-    return TokenizerRecord(
-        tokenizer="tokenizer/tokenizer.json",
-        chat_template="tokenizer/chat_template.jinja" if data.chat_template else None,
-        bos_token=data.bos_token,
-        eos_token=data.eos_token,
-    )
-
-
-def _write_small_files(folder: Path, checkpoint: Checkpoint) -> None:
-    """What `optc export` makes a checkpoint with again; a runtime needs none of it."""
-    folder.mkdir()
-    for name, content in checkpoint.files.items():
-        (folder / name).write_text(content, encoding="utf-8")
-
-
-def _memory_plan(folder: Path, layers: list[KVCacheSpec], config: CompileConfig) -> MemoryPlan:
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("weights*.safetensors"))
-    per_token = sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) for spec in layers)
-    bandwidth = config.target.bandwidth_gbs
-    floor = weight_bytes / (bandwidth * 1e6) if bandwidth else None
-    return MemoryPlan(weight_bytes=weight_bytes, kv_bytes_per_token=per_token, decode_floor_ms=floor)
-
-
-def _eos_token_ids(checkpoint: Checkpoint | None) -> tuple[int, ...]:
-    """From generation_config.json, else config.json, as transformers' generate has it."""
-    if checkpoint is None:
-        return ()
-    found = checkpoint.generation.get("eos_token_id", getattr(checkpoint.config, "eos_token_id", None))
-    return tuple(found) if isinstance(found, list) else (found,) if isinstance(found, int) else ()
-
-
-def _sampling_defaults(checkpoint: Checkpoint | None) -> dict[str, float | int | bool]:
-    """The sampling parameters of generation_config.json, for `optc run` and the server to start from."""
-    if checkpoint is None:
-        return {}
-    names = ("do_sample", "temperature", "top_k", "top_p")
-    return {name: value for name in names if isinstance(value := checkpoint.generation.get(name), bool | int | float)}
 
 
 __all__ = ["Progress", "compile"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..passes.quantize.recipe import Recipe
+from .budget import Budget
 from .targets import Target
 
 Backend = Literal["inductor", "eager"]
@@ -28,6 +29,7 @@ class CompileConfig:
         calibration_samples: how many sequences.
         calibration_length: tokens of each.
         seed: of the draw.
+        budget: accuracy or size that must be kept.
         evaluate: text to measure the artifact on, beside the checkpoint; none measures nothing.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
@@ -47,6 +49,7 @@ class CompileConfig:
     calibration_samples: int = 128
     calibration_length: int = 512
     seed: int = 0
+    budget: Budget | None = None
     evaluate: Path | None = None
     force: bool = False
     dump: Path | None = None

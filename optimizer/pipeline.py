@@ -25,21 +25,31 @@ from .config import CompileConfig
 _TRANSFORMS: dict[Transform, type[SmoothQuant] | type[AWQ]] = {"smoothquant": SmoothQuant, "awq": AWQ}
 
 
-def shared_passes(
+def float_passes(
+    config: CompileConfig,
+    calibration: Calibration | None = None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> list[Pass]:
+    """Passes for both programs, as long as their weights are floating-point numbers."""
+    passes: list[Pass] = [Canonicalize()]
+    recipe = config.recipe
+    if recipe is not None:
+        for name in recipe.transforms:
+            assert calibration is not None  # the recipe was checked
+            passes += [_TRANSFORMS[name](recipe=recipe, calibration=calibration, on_progress=on_progress)]
+    return passes
+
+
+def quantize_passes(
     config: CompileConfig,
     calibration: Calibration | None = None,
     given: Mapping[str, GivenWeight] | None = None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Pass]:
-    """Passes for both programs."""
-    passes: list[Pass] = [Canonicalize()]
-    if config.recipe is not None:
-        for name in config.recipe.transforms:
-            assert calibration is not None  # the recipe was checked
-            transform = _TRANSFORMS[name]
-            passes += [transform(recipe=config.recipe, calibration=calibration, on_progress=on_progress)]
-        passes += [Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)]
-    return passes
+    """Passes for both programs that choose codes for their weights. Between the two a budget chooses the schemes."""
+    if config.recipe is None:
+        return []
+    return [Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)]
 
 
 def step_passes(config: CompileConfig) -> list[Pass]:

@@ -34,7 +34,7 @@ EXPECTED = {
     "gpt_neox": {"input_layernorm": 2, "query_key_value": 2, "post_attention_layernorm": 2},
     "olmo2": {"v_proj": 2, "up_proj": 2},  # the residual stream itself is the input
     "mixtral": {"input_layernorm": 2, "v_proj": 2},  # the experts are not linear layers
-    "falcon": {"query_key_value": 2},  # one norm, for both; its tied neighbours differ
+    "falcon": {"input_layernorm": 2},  # one norm for attention and MLP, GELU between its layers
 }
 
 

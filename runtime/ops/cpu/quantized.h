@@ -24,8 +24,9 @@ inline uint32_t to_bits(float value) {
 
 // Elements first .. first + count - 1 of a floating tensor, as float32.
 inline void read_floats(const char* name, const Tensor& tensor, int64_t first, int64_t count, float* to) {
-  dispatch_float(name, tensor.scalar_type(),
-                 [&](auto type) { load_row(static_cast<const decltype(type)*>(tensor.data_ptr()) + first, to, count); });
+  dispatch_float(name, tensor.scalar_type(), [&](auto type) {
+    load_row(static_cast<const decltype(type)*>(tensor.data_ptr()) + first, to, count);
+  });
 }
 
 // A matrix [rows, columns] as the module docstring of quantized.py describes it. The constructor checks every part, so
