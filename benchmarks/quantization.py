@@ -33,6 +33,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ import numpy as np
 import safetensors.torch
 import tokenizers
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -69,6 +71,7 @@ WEIGHTS = [
     *(("w8a16", algorithm) for algorithm in ("rtn", "gptq")),
     *(("w8a16-g32", algorithm) for algorithm in ("rtn", "gptq")),
 ]
+BUDGETS = [4.5]  # bits a weight that the compiler may mix schemes for
 # What the presets mean: name, options of `compile`, and by how much perplexity may rise at most.
 PRESETS: list[tuple[str, dict[str, Any], float | None]] = [
     ("bfloat16, not quantized", {}, None),
@@ -110,8 +113,9 @@ class Harness:
             "counts": [len(window) for window in kl],
         }
 
-    def of_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        """The checkpoint with some of its weights replaced, in float32."""
+    def of_weights(self, file: Path) -> dict[str, Any]:
+        """The checkpoint with the weights of a safetensors file in place of its own, in float32."""
+        weights = safetensors.torch.load_file(file)
         model = self.checkpoint.model
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         linears = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
@@ -191,18 +195,19 @@ def table(model: Path, text: Path, calibration: Path, peers: Path | None, file: 
         record = json.loads(record_file.read_text())
         weights = record_file.with_suffix(".safetensors")
         key = f"{record['tool']}: {record['name']}"
-        others[key] = record | measured(
-            key, lambda weights=weights: harness.of_weights(safetensors.torch.load_file(weights))
-        )
+        others[key] = record | measured(key, partial(harness.of_weights, weights))
+    chosen: dict[str, dict[str, Any]] = {
+        f"{scheme} {algorithm}": {"quantize": scheme, "algorithm": algorithm} for scheme, algorithm in WEIGHTS
+    }
+    chosen |= {f"--bits {bits:g}": {"bits": bits} for bits in BUDGETS}
     ours = {}
-    for scheme, algorithm in WEIGHTS:
-        options = {"quantize": scheme, "algorithm": algorithm, "dtype": "float32"}
-        key = f"optc: {scheme} {algorithm}"
-        ours[key] = measured(key, lambda options=options: harness.of_artifact(options))
+    for name, options in chosen.items():
+        key = f"optc: {name}"
+        ours[key] = measured(key, partial(harness.of_artifact, options | {"dtype": "float32"}))
     presets = {}
     for name, options, _ in PRESETS:
-        presets[name] = measured(f"preset: {name}", lambda options=options: harness.of_artifact(options))
-    console = Console(width=160)
+        presets[name] = measured(f"preset: {name}", partial(harness.of_artifact, options))
+    console = Console(width=200)
     console.print(weights_table(ours, others))
     for tool in PEERS:
         if not any(record["tool"] == tool for record in others.values()):
@@ -212,9 +217,8 @@ def table(model: Path, text: Path, calibration: Path, peers: Path | None, file: 
 
 def weights_table(ours: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> Table:
     """By size; beside each of optc's rows the best peer of that size or less, and the paired difference to it."""
-    found = Table(
-        "bits a weight", "", "KL, mean", "p99", "p99.9", "same top", "perplexity", "less the best peer no larger"
-    )
+    titles = ("bits a weight", "", "KL, mean", "p99", "p99.9", "same top", "perplexity", "less the best peer no larger")
+    found = Table(*titles, box=MARKDOWN)
     rows = sorted((ours | others).items(), key=lambda row: (round(row[1]["bits_per_weight"], 2), kl_of(row[1])))
     for key, row in rows:
         figures = row["figures"]
@@ -228,7 +232,7 @@ def weights_table(ours: dict[str, dict[str, Any]], others: dict[str, dict[str, A
         found.add_row(
             f"{row['bits_per_weight']:.3f}",
             key,
-            f"{kl_of(row):.5f} ± {figures['kl_mean']['standard_error']:.5f}",
+            f"{kl_of(row):.6f} ± {figures['kl_mean']['standard_error']:.6f}",
             f"{figures['kl_p99']['value']:.4f}",
             f"{figures['kl_p999']['value']:.3f}",
             f"{figures['same_top']['value']:.2%}",
@@ -239,7 +243,8 @@ def weights_table(ours: dict[str, dict[str, Any]], others: dict[str, dict[str, A
 
 
 def presets_table(presets: dict[str, dict[str, Any]]) -> Table:
-    found = Table("preset, as shipped", "bits a weight", "perplexity", "rise ± SE", "bar", "KL, mean", "same top")
+    titles = ("preset, as shipped", "bits a weight", "perplexity", "rise ± SE", "bar", "KL, mean", "same top")
+    found = Table(*titles, box=MARKDOWN)
     for name, _, bar in PRESETS:
         figures, bits = presets[name]["figures"], presets[name]["bits_per_weight"]
         rise, kl = figures["perplexity_increase"], figures["kl_mean"]
@@ -266,7 +271,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     mean = sums.sum() / counts.sum()
     windows = len(counts)
     error = math.sqrt(windows / (windows - 1) * float(((sums - mean * counts) ** 2).sum())) / counts.sum()
-    return f"{mean:+.5f} ± {error:.5f}"
+    return f"{mean:+.6f} ± {error:.6f}"
 
 
 if __name__ == "__main__":

@@ -20,16 +20,16 @@ from ..passes.quantize.calibrate import Calibration, Statistics, Walk
 from ..passes.quantize.mix import Mix, Option, frontier
 from ..passes.quantize.quantize import Quantize, round_weight, scale_dtype
 from ..passes.quantize.recipe import KEEP, Assignment, Recipe, Rule, assign
-from ..passes.quantize.roles import find_candidates
+from ..passes.quantize.roles import Candidate, find_candidates
 from ..passes.quantize.sensitivity import Group, log_probabilities, measure_sensitivity, tied_groups
 from ..runtime.manifest import AccuracyRecord, BudgetRecord, SensitivityRecord
-from ..runtime.scheme import find_scheme
+from ..runtime.scheme import GROUPS, find_scheme
 
 _ROUNDS = 4
-_CLOSE_ENOUGH = 0.8
+_CLOSE_ENOUGH = 0.8  # of the limit: not worth another round
+_AIM = 0.9  # of the limit, after a mix that did not keep it
 _TOKENS = 4096
 _LOGITS = 2**27  # numbers of reference logits that are kept: half a GB
-_SMALLEST_INT4 = 4.125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,10 @@ class Budget:
     bits: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("--max-kl", self.max_kl), ("--max-ppl-increase", self.max_ppl_increase)):
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} {value:g}: expected a number above 0")
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise UsageError(f"--max-kl {self.max_kl:g}: expected a number above 0")
+        if self.max_ppl_increase is not None and not 0 < self.max_ppl_increase < math.inf:
+            raise UsageError(f"--max-ppl-increase {100 * self.max_ppl_increase:g}%: expected a percentage above 0")
         if self.bits is not None and not 1 < self.bits <= 16:
             raise UsageError(f"--bits {self.bits:g}: expected a number of bits a weight, above 1 and at most 16")
 
@@ -105,15 +106,18 @@ def choose_mix(
     """
     samples = limited(samples, program)
     groups = _groups(program, recipe)
+    candidates = {candidate.name: candidate for candidate in find_candidates(program)[0]}
     options = measure_sensitivity(
         program,
         groups,
         samples,
         lambda group: scheme_options(recipe.default, group, budget),
-        lambda name, assignment, statistics: _round(program, name, assignment, statistics),
+        lambda name, assignment, statistics: _round(program, candidates[name], assignment, statistics),
         on_progress=lambda fraction: on_progress(0.5 * fraction),
     )
-    mixes, size = frontier(options), sum(group.size for group in groups)
+    size = sum(group.size for group in groups)
+    # Full precision everywhere keeps any budget, but who asks for quantization does not want that.
+    mixes = [mix for mix in frontier(options) if any(option.scheme != KEEP for option in mix.choice)]
     if budget.bits is not None:
         mixes = [mix for mix in mixes if 8 * mix.num_bytes <= budget.bits * size]
     attempts: list[_Attempt] = []
@@ -124,11 +128,12 @@ def choose_mix(
         )
         on_progress(0.5 + 0.5 * len(attempts) / _ROUNDS)
     kept = [attempt for attempt in attempts if budget.excess(attempt.divergence, attempt.ppl_increase) <= 1]
-    best = min(kept, key=lambda attempt: attempt.mix.num_bytes) if kept else None
-    record = _record(budget, groups, options, attempts, best, size)
-    if best is None:
-        raise BudgetError(_refusal(budget, attempts, options, size), details=budget_lines(record))
-    return best.recipe, record
+    if kept:
+        best = min(kept, key=lambda attempt: attempt.mix.num_bytes)
+        return best.recipe, _record(budget, groups, options, len(attempts), best, size)
+    nearest = min(attempts, key=lambda a: budget.excess(a.divergence, a.ppl_increase), default=None)
+    record = _record(budget, groups, options, len(attempts), nearest, size)
+    raise BudgetError(_refusal(record, budget, options, size), details=budget_lines(record))
 
 
 def _next_mix(mixes: Sequence[Mix], budget: Budget, attempts: Sequence[_Attempt]) -> Mix | None:
@@ -144,6 +149,7 @@ def _next_mix(mixes: Sequence[Mix], budget: Budget, attempts: Sequence[_Attempt]
         if _CLOSE_ENOUGH <= excess <= 1 or last.mix.divergence == 0:
             return None
         ratio = excess / budget.excess(last.mix.divergence, math.expm1(last.mix.divergence))
+        ratio /= _AIM if excess > 1 else 1
     tried = {attempt.mix for attempt in attempts}
     failed = [a.mix.num_bytes for a in attempts if budget.excess(a.divergence, a.ppl_increase) > 1]
     predicted = [mix for mix in mixes if ratio * budget.excess(mix.divergence, math.expm1(mix.divergence)) <= 1]
@@ -152,15 +158,17 @@ def _next_mix(mixes: Sequence[Mix], budget: Budget, attempts: Sequence[_Attempt]
 
 
 def scheme_options(default: str, group: Group, budget: Budget) -> list[str]:
-    """The schemes to choose from for a group: those around a preset's, and full precision."""
-    if not default.startswith(("w4", "w3")):
+    """The schemes to choose from for a group: those around a preset's, and full precision.
+
+    Three bits only if nothing else is that small: they cost much accuracy, and are no faster.
+    """
+    if not default.startswith("w4a16"):
         return [default, KEEP]
-    base = default.partition("-")[0]
-    names = [f"{base}-g128", f"{base}-g64", f"{base}-g32", base.replace("w4", "w8")]
-    if budget.bits is not None and budget.bits < _SMALLEST_INT4:
-        names += ["w3a16-g128", "w3a16-g64", "w3a16-g32"]
-    fitting = [name for name in names if group.columns % (find_scheme(name).weights.group_size or 1) == 0]
-    return [*(fitting or [f"{base}-channel"]), KEEP]
+    sizes = [f"g{size}" for size in reversed(GROUPS) if group.columns % size == 0] or ["channel"]
+    names = [f"w4a16-{size}" for size in sizes]
+    if budget.bits is not None and budget.bits < find_scheme(names[0]).weights.bits_per_weight:
+        names += [f"w3a16-{size}" for size in sizes]
+    return [*names, "w8a16", KEEP]
 
 
 def _groups(program: Program, recipe: Recipe) -> list[Group]:
@@ -170,20 +178,22 @@ def _groups(program: Program, recipe: Recipe) -> list[Group]:
     return tied_groups([c for c in candidates if c.name in assigned and c.linears])
 
 
-def _round(program: Program, name: str, assignment: Assignment, statistics: Statistics) -> tuple[Tensor, int]:
+def _round(
+    program: Program, candidate: Candidate, assignment: Assignment, statistics: Statistics
+) -> tuple[Tensor, int]:
     """A weight as its codes mean it, and its bytes; rounded to nearest, which costs little and ranks the same."""
-    original = get_weight(program.module, name).detach()
-    weight, args = original.float(), assignment.scheme.weights
+    original = get_weight(program.module, candidate.name).detach()
+    weight, args = candidate.as_matrix(original).float(), assignment.scheme.weights
     found = round_weight(weight, assignment, scale_dtype(original.dtype, weight, args), statistics)
-    return found.dequantize().to(original.dtype), found.pack().num_bytes()
+    return candidate.from_matrix(found.dequantize().to(original.dtype)), found.pack().num_bytes()
 
 
 def with_rules(recipe: Recipe, program: Program, groups: Sequence[Group], mix: Mix) -> Recipe:
     """The recipe with a rule for each weight of the mix, before all others."""
     rules = [
-        Rule(role=group.role, name=program.sources.get(weight, weight), scheme=option.scheme)
+        Rule(role=role, name=program.sources.get(weight, weight), scheme=option.scheme)
         for group, option in zip(groups, mix.choice, strict=True)
-        for weight in group.weights
+        for weight, role in zip(group.weights, group.roles, strict=True)
     ]
     return recipe.model_copy(update={"rules": (*rules, *recipe.rules)})
 
@@ -262,20 +272,19 @@ def _record(
     budget: Budget,
     groups: Sequence[Group],
     options: Sequence[Sequence[Option]],
-    attempts: Sequence[_Attempt],
+    rounds: int,
     best: _Attempt | None,
     size: int,
 ) -> BudgetRecord:
-    last = best or (attempts[-1] if attempts else None)
-    chosen = last.mix.choice if last else [None] * len(groups)
+    chosen = best.mix.choice if best else [None] * len(groups)
     return BudgetRecord(
         max_kl=budget.max_kl,
         max_ppl_increase=budget.max_ppl_increase,
         bits=budget.bits,
-        kl=last.divergence if last else None,
-        ppl_increase=last.ppl_increase if last else None,
-        bits_per_weight=8 * last.mix.num_bytes / size if last else None,
-        rounds=len(attempts),
+        kl=best.divergence if best else None,
+        ppl_increase=best.ppl_increase if best else None,
+        bits_per_weight=8 * best.mix.num_bytes / size if best else None,
+        rounds=rounds,
         groups=tuple(
             SensitivityRecord(
                 weights=group.weights,
@@ -288,21 +297,21 @@ def _record(
     )
 
 
-def _refusal(budget: Budget, attempts: Sequence[_Attempt], options: Sequence[Sequence[Option]], size: int) -> str:
-    if not attempts:
+def _refusal(record: BudgetRecord, budget: Budget, options: Sequence[Sequence[Option]], size: int) -> str:
+    if record.kl is None or record.ppl_increase is None:
         smallest = 8 * sum(min(option.num_bytes for option in found) for found in options) / size
         return f"--bits {budget.bits:g}: the smallest mix has {smallest:.3f} bits a weight; ask for at least that"
-    best = min(attempts, key=lambda attempt: budget.excess(attempt.divergence, attempt.ppl_increase))
     return (
-        f"the budget ({budget}) cannot be kept: the best of {len(attempts)} mixes has a mean KL "
-        f"divergence of {best.divergence:.5f} nats and {100 * best.ppl_increase:+.2f}% perplexity at "
-        f"{8 * best.mix.num_bytes / size:.3f} bits a weight; allow more of either"
+        f"the budget ({budget}) cannot be kept: the best mix of {record.rounds} tried has a mean KL divergence of "
+        f"{record.kl:.5f} nats and {100 * record.ppl_increase:+.2f}% perplexity at {record.bits_per_weight:.3f} bits a "
+        "weight; allow more of either"
     )
 
 
 def budget_lines(record: BudgetRecord) -> list[str]:
     """The table of what was measured, as text."""
-    schemes = list(dict.fromkeys(scheme for group in record.groups for scheme in group.kl))
+    sizes = {scheme: bits for group in record.groups for scheme, bits in group.bits_per_weight.items()}
+    schemes = sorted(sizes, key=sizes.__getitem__)
     lines = ["mean KL divergence (nats) with one group alone in each scheme:"]
     lines.append("  ".join([f"{name:>12}" for name in schemes] + ["chosen        weights"]))
     for group in record.groups:

@@ -26,7 +26,7 @@ from .evaluate import Windows, evaluate_windows, load_reference, make_windows, r
 from .package import check_output, writing
 from .pipeline import float_passes, quantize_passes, step_passes
 from .progress import Progress
-from .quantization import given_recipe, make_recipe
+from .quantization import PRESETS, given_recipe, make_recipe
 from .targets import find_target
 
 _MOST_OVERLAP = 0.01  # of evaluation text in the calibration data
@@ -116,6 +116,7 @@ def compile(
         calibration_length=calibration_length,
         seed=seed,
         budget=budget,
+        choose=quantize in PRESETS,
         evaluate=Path(evaluate) if evaluate is not None else None,
         force=force,
         dump=Path(dump) if dump is not None else None,
@@ -123,6 +124,10 @@ def compile(
         block_size=block_size,
         max_model_len=max_model_len,
     )
+    if budget is not None and (config.recipe is None or not config.recipe.scheme_names()):
+        raise UsageError(
+            f"a budget ({budget}) is for quantized weights, and the recipe has none; choose --int4, or add rules"
+        )
     check_output(config.output, force=config.force)
     if config.calibration is not None:
         check_calibration(config.calibration)
@@ -140,7 +145,7 @@ def compile(
 
 def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Path:
     captured, config, calibration = _prepared(captured, config, progress)
-    samples = _budget_samples(captured, config)
+    samples = _budget_samples(captured, config, calibration)
     windows = _evaluation_windows(captured, config)
     captured = _with_notes(captured, _overlap_notes(calibration, windows, progress))
     score, records = captured.program, list[PassRecord]()
@@ -155,7 +160,7 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     with progress.stage("passes"):
         run(score, float_passes(config, calibration, progress.on_fraction), "shared")
     budget_record = None
-    if config.budget is not None and config.recipe is not None and config.recipe.adapt:
+    if config.budget is not None and config.recipe is not None and config.choose:
         with progress.stage("choose schemes"):
             recipe, budget_record = choose_mix(
                 score, config.recipe, config.budget, calibration, samples, on_progress=progress.on_fraction
@@ -182,18 +187,14 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     return config.output
 
 
-def _budget_samples(captured: Captured, config: CompileConfig) -> list[Tensor]:
+def _budget_samples(captured: Captured, config: CompileConfig, calibration: Calibration | None) -> list[Tensor]:
     """What the budget is measured on; refused here, before the work, if there is nothing."""
     if config.budget is None:
         return []
-    if captured.given:
-        raise UsageError(
-            f"{config.source}: is already quantized, so there is no unquantized model for a budget to compare it with"
-        )
     return measuring_samples(
         captured.checkpoint,
         config.calibration,
-        num_samples=config.calibration_samples,
+        num_samples=config.calibration_samples if calibration is not None else 0,
         sequence_length=config.calibration_length,
         seed=config.seed,
     )
@@ -233,6 +234,8 @@ def _prepared(
     """The recipe as it can be carried out, the data to calibrate on if it uses any, and notes about both."""
     if config.recipe is None:
         return captured, config, None
+    if config.budget is not None and not config.recipe.uses_calibration:
+        return captured, config, None  # the data is only measured on
     with progress.stage("calibration data"):
         recipe, calibration, notes = prepare_calibration(
             config.recipe,

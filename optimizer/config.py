@@ -30,6 +30,7 @@ class CompileConfig:
         calibration_length: tokens of each.
         seed: of the draw.
         budget: accuracy or size that must be kept.
+        choose: let the budget choose the schemes; else they are the user's, and it is only checked.
         evaluate: text to measure the artifact on, beside the checkpoint; none measures nothing.
         force: replace an artifact at `output`.
         dump: folder for the graph before and after every pass.
@@ -50,6 +51,7 @@ class CompileConfig:
     calibration_length: int = 512
     seed: int = 0
     budget: Budget | None = None
+    choose: bool = False
     evaluate: Path | None = None
     force: bool = False
     dump: Path | None = None

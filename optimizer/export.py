@@ -119,6 +119,11 @@ def _layers(artifact: Artifact) -> list[_Layer]:
 
 def _has_no_place(record: QuantizedLayer, weight: StoredWeight, scheme: Scheme) -> str | None:
     """Why compressed-tensors has no place for a weight, and the way out."""
+    if record.experts is not None:
+        return (
+            "its readers take the experts of a layer in as many ways as there are models; compile with experts in full "
+            'precision, by a recipe with the rule {name: "*.experts.*", scheme: none}'
+        )
     if record.transposed:
         return "its model keeps it as [inputs, outputs], and only the weights of Linear layers are quantized there"
     if record.role == "embedding":

@@ -19,13 +19,14 @@ from ..runtime.ops.attention import LARGEST_CODE
 from .graph import Program, get_weight
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_ROUNDS_ACTIVATIONS = (torch.ops.optc.linear_quantized.default, torch.ops.optc.grouped_mm_quantized.default)
 _BLOCK_SIZE = 4
 
 
 def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    Quantized linear layers take their activations as they are: rounding them would turn the last bit of a sum into a whole
+    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a sum into a whole
     step, and the check could not tell a wrong graph from another order of additions.
 
     The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
@@ -46,7 +47,7 @@ def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> lis
             elif node.op == "call_function":
                 known = {**environment, **weights} if weights else environment
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-                if node.target is torch.ops.optc.linear_quantized.default:
+                if node.target in _ROUNDS_ACTIVATIONS:
                     args = (*args[:-1], "none")
                 environment[node] = node.target(*_float32_arguments(args), **_float32_arguments(kwargs))
             for used in node.all_input_nodes:

@@ -91,8 +91,11 @@ class QuantizedLayer(Record):
 
     name: str = Field(description="name of the checkpoint's tensor")
     role: Role
-    shape: tuple[int, int] = Field(description="[N, K], outputs first")
-    transposed: bool = Field(description="whether the checkpoint has it as [K, N]")
+    shape: tuple[int, int] = Field(
+        description="[N, K], outputs first; of experts [G * n, K], the matrices [n, K] one below the other"
+    )
+    experts: int | None = Field(default=None, description="G, where the checkpoint has a tensor of G matrices")
+    transposed: bool = Field(description="whether the checkpoint has it as [K, N]; of experts as [G, K, n]")
     scheme: str = Field(description="its scheme, a key of `Quantization.schemes`")
     algorithm: str = Field(description="how the codes were chosen")
     constants: dict[str, str] = Field(

@@ -117,6 +117,7 @@ def _budget_text(budget: BudgetRecord) -> str:
     measured = {
         "KL {:.5f}": budget.kl,
         "perplexity {:+.3f} %": None if budget.ppl_increase is None else 100 * budget.ppl_increase,
+        "{:.3f} bits a weight": budget.bits_per_weight,
     }
     asked, found = (
         ", ".join(form.format(value) for form, value in values.items() if value is not None)

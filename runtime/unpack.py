@@ -24,7 +24,9 @@ def unpack(artifact: Artifact) -> dict[str, Tensor]:
     weights = plain_weights(artifact)
     for layer, stored in stored_weights(artifact):
         value = stored.dequantize()
-        weights.setdefault(layer.name, value.t().contiguous() if layer.transposed else value)
+        if layer.experts is not None:
+            value = value.unflatten(0, (layer.experts, -1))
+        weights.setdefault(layer.name, value.mT.contiguous() if layer.transposed else value)
     return weights
 
 

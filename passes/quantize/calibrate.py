@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ...runtime.manifest import CalibrationRecord
+from ...runtime.ops.quantized import quantize_activations
 from ..graph import Program, get_weight
 
-optc = torch.ops.optc
+aten, optc = torch.ops.aten, torch.ops.optc
 
 
 @dataclass(frozen=True)
@@ -181,26 +183,41 @@ class Walk:
         used = {weight.target for piece in later for node in piece for weight in node.all_input_nodes}
         self._replaced = {name: value for name, value in (self._replaced | dict(weights)).items() if name in used}
 
-    def outputs(self, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The program's first output for each sample if it went on with these weights; the walk itself stays."""
+    def outputs(self, weights: Mapping[str, Tensor], activation: str = "none") -> Iterator[Tensor]:
+        """The program's first output for each sample if it went on with these weights; the walk itself stays.
+
+        `activation` says how linear layers round what these weights multiply, as `optc::linear_quantized` names it; none
+        of the kinds with a static scale.
+        """
         rest = [node for piece in [*self._pieces[self._number + 1 :], self._rest] for node in piece]
-        replaced = self._replaced | dict(weights)
+        replaced, activations = self._replaced | dict(weights), dict.fromkeys(weights, activation)
         for environment in self._environments:
-            yield environment.copy().run(rest, replaced, set())
+            yield environment.copy().run(rest, replaced, set(), activations)
 
 
 def _pieces(program: Program, wanted: set[fx.Node]) -> tuple[list[list[fx.Node]], list[fx.Node]]:
-    """Runs of nodes that end with one that is wanted; and the nodes after them, up to the first output."""
+    """Runs of nodes that end with one that is wanted; and the nodes after them, up to the first output.
+
+    What is made of weights alone, such as a view, comes right before its first use, so that it follows `Walk.replace`.
+    """
     pieces: list[list[fx.Node]] = []
     piece: list[fx.Node] = []
+    waiting = {node for node in program.graph.nodes if _is_of_weights(node)} - wanted
     for node in program.graph.nodes:
-        if node.op in ("placeholder", "call_function"):
-            piece.append(node)
+        if node.op in ("placeholder", "call_function") and node not in waiting:
+            first_uses = [used for used in node.all_input_nodes if used in waiting]
+            waiting -= set(first_uses)
+            piece += [*first_uses, node]
         if node in wanted:
             pieces.append(piece)
             piece = []
     result = program.graph.output_node().args[0][0]  # type: ignore[index]
     return pieces, piece[: piece.index(result) + 1] if result in piece else piece  # type: ignore[arg-type]
+
+
+def _is_of_weights(node: fx.Node) -> bool:
+    used = node.all_input_nodes
+    return node.op == "call_function" and bool(used) and all(weight.op == "get_attr" for weight in used)
 
 
 def _needed_later(pieces: list[list[fx.Node]], rest: list[fx.Node]) -> list[set[fx.Node]]:
@@ -237,11 +254,19 @@ class _Environment:
         copied.__dict__ |= self.__dict__ | {"_values": dict(self._values), "_held": {}, "_inputs": list(self._inputs)}
         return copied
 
-    def run(self, nodes: list[fx.Node], replaced: Mapping[str, Tensor], keep: set[fx.Node]) -> Tensor:
+    def run(
+        self,
+        nodes: list[fx.Node],
+        replaced: Mapping[str, Tensor],
+        keep: set[fx.Node],
+        activations: Mapping[str, str] = MappingProxyType({}),
+    ) -> Tensor:
         """Run the nodes and give the last one's value; afterwards only the values in `keep` are held."""
         last_use = {used: node for node in nodes for used in node.all_input_nodes}
         for node in nodes:
-            self._values[node] = self._inputs.pop(0) if node.op == "placeholder" else self._call(node, replaced)
+            self._values[node] = (
+                self._inputs.pop(0) if node.op == "placeholder" else self._call(node, replaced, activations)
+            )
             for used in node.all_input_nodes:
                 if last_use[used] is node and used not in keep:
                     self._drop(used)
@@ -253,7 +278,7 @@ class _Environment:
                 self._hold(node)
         return result
 
-    def _call(self, node: fx.Node, replaced: Mapping[str, Tensor]) -> Any:
+    def _call(self, node: fx.Node, replaced: Mapping[str, Tensor], activations: Mapping[str, str]) -> Any:
         weights = {used: str(used.target) for used in node.all_input_nodes if used.op == "get_attr"}
         known = {
             used: replaced[name] if name in replaced else get_weight(self._module, name)
@@ -263,6 +288,10 @@ class _Environment:
         args, kwargs = arguments
         if node.target is optc.attention.default:
             return _attention(*args)
+        if node.target in (aten.linear.default, optc.grouped_mm.default):
+            activation = activations.get(_weight_behind(node.args[1]), "none")
+            if activation != "none":
+                args = (quantize_activations(args[0], activation, None).to(args[0].dtype), *args[1:])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _drop(self, node: fx.Node) -> None:
@@ -284,6 +313,12 @@ class _Environment:
             mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
             self._values[node] = mapped.view(value.shape).copy_(value)
             self._held[node] = 0
+
+
+def _weight_behind(node: Any) -> str:
+    """The weight that an argument is, or is a view of; nothing if it is something else."""
+    origin = node.all_input_nodes[0] if _is_of_weights(node) else node
+    return str(origin.target) if origin.op == "get_attr" else ""
 
 
 def _attention(

@@ -67,7 +67,8 @@ def make_good(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float 
         damping: what is added to diag(H), in means of diag(H); doubled until H + damping can be factored.
     """
     damped, _, _ = _factor(hessian, damping)
-    return weight + torch.linalg.solve(damped, (cross - hessian) @ weight.t()).t()
+    correction: Tensor = torch.linalg.solve(damped, (cross - hessian) @ weight.t())
+    return weight + correction.t()
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""Store the weights of linear layers and embeddings as codes."""
+"""Store the weights of linear layers, experts and embeddings as codes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ optc = torch.ops.optc
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
     """linear(x, weight [N, K], bias)  ->  optc.linear_quantized(x, codes, scale, zero?, group_index?, input_scale?, bias)
+    optc.grouped_mm(x, weight [G, N, K] transposed or [G, K, N], offsets)  ->
+        optc.grouped_mm_quantized(x, codes, scale, zero?, group_index?, input_scale?, offsets), codes of [G * N, K]
     embedding(weight [V, K], ids)  ->  optc.embedding_quantized(ids, codes, scale, zero?, group_index?)
 
     The recipe says which weights get which scheme, and how codes are chosen; weights that the checkpoint already has as
@@ -107,6 +109,7 @@ class _Work:
         self, chosen: list[Candidate], calibration: Calibration, on_progress: Callable[[float], None]
     ) -> None:
         """Choose the codes of linear layers one input after the other, each with those before it quantized."""
+        by_name = {candidate.name: candidate for candidate in chosen}
         by_input: dict[fx.Node, list[str]] = {}
         seen: set[str] = set(self.stored)
         for candidate in chosen:
@@ -121,7 +124,7 @@ class _Work:
                     f"the calibration text makes the inputs of {', '.join(by_input[x])} NaN, Inf or too large to square: "
                     "they cannot be measured; check that the model computes numbers in its dtype, or use --algorithm rtn"
                 )
-            return {name: self.choose(name, statistics) for name in by_input[x]}
+            return {name: self.choose(by_name[name], statistics) for name in by_input[x]}
 
         with_original = any(assignment.rounding == "gptq" for assignment in self.assignments.values())
         calibrate(
@@ -131,12 +134,20 @@ class _Work:
     def rest(self, chosen: list[Candidate]) -> None:
         for candidate in chosen:
             if candidate.name not in self.stored:
-                self.choose(candidate.name, None)
+                self.choose(candidate, None)
 
-    def choose(self, name: str, statistics: Statistics | None) -> Tensor:
-        """Choose the codes of a weight; gives the weight as they mean it, in its dtype."""
+    def choose(self, candidate: Candidate, statistics: Statistics | None) -> Tensor:
+        """Choose the codes of a weight; gives the weight as they mean it, in its dtype and as it lies in the program.
+
+        All experts of a layer are rounded on the inputs of all of them: one that the data hardly reaches would else be
+        rounded on next to nothing. As the quantized model may send a token to other experts, the rows of their inputs
+        cannot be compared with those of the unquantized one.
+        """
+        name = candidate.name
         assignment, original = self.assignments[name], get_weight(self.program.module, name).detach()
-        weight = original.float()
+        weight = candidate.as_matrix(original).float()
+        if statistics is not None and candidate.experts is not None:
+            statistics = replace(statistics, cross=None)
         quantized = round_weight(
             weight, assignment, scale_dtype(original.dtype, weight, assignment.scheme.weights), statistics
         )
@@ -149,7 +160,7 @@ class _Work:
             assert statistics is not None
             largest = 127.0 if activation.startswith("int8") else FP8_MAX
             self.input_scales[name] = (statistics.largest.max() / largest).clamp_min(1e-12).reshape(1)
-        return dequantized.to(original.dtype)
+        return candidate.from_matrix(dequantized.to(original.dtype))
 
 
 def round_weight(
@@ -196,11 +207,12 @@ def _rewrite(program: Program, candidate: Candidate, work: _Work, source: str) -
         return program.graph.get_attr(constants[which]) if which in constants else None
 
     for node in candidate.linears:
-        x, _, bias = (*node.args, None)[:3]
+        x, _, last = (*node.args, None)[:3]  # of experts the last are the offsets, of a linear layer it is the bias
+        op = optc.linear_quantized if candidate.experts is None else optc.grouped_mm_quantized
         with replacing(program.graph, node) as new:
             names = ("codes", "scale", "zero", "group_index", "input_scale")
-            inputs = (x, *(part(which) for which in names), bias, bits, block, activation)
-            new.append(call(program.graph, optc.linear_quantized.default, *inputs))
+            inputs = (x, *(part(which) for which in names), last, bits, block, activation)
+            new.append(call(program.graph, op.default, *inputs))
     for node in candidate.embeddings:
         ids, dtype = node.args[1], value_of(node).dtype
         with replacing(program.graph, node) as new:
@@ -211,7 +223,8 @@ def _rewrite(program: Program, candidate: Candidate, work: _Work, source: str) -
         name=source,
         role=candidate.role,
         shape=candidate.shape,
-        transposed=program.layouts.get(name, "plain").endswith("transposed"),
+        experts=candidate.experts,
+        transposed=candidate.transposed or program.layouts.get(name, "plain").endswith("transposed"),
         scheme=assignment.scheme_name,
         algorithm=assignment.rounding,
         constants=constants,

@@ -1,4 +1,4 @@
-"""What each weight is for, read off the graph: its role, and the linear layers that share an input."""
+"""What each weight is for, read off the graph: its role, and the nodes that use it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...runtime import ops as _ops  # noqa: F401  the ops must be defined before they are named
 from ...runtime.manifest import Role
 from ..graph import Program, value_of
 
 aten, optc = torch.ops.aten, torch.ops.optc
-_LINEAR, _EMBEDDING = aten.linear.default, aten.embedding.default
+_LINEAR, _EMBEDDING, _EXPERTS = aten.linear.default, aten.embedding.default, optc.grouped_mm.default
+_TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
+_WEIGHT = {_LINEAR: 1, _EXPERTS: 1, _EMBEDDING: 0}  # which of the arguments it is
 _CHOOSES = (aten.topk.default, aten.sort.default, aten.argsort.default)
-_MIXES = (_LINEAR, optc.attention.default, optc.grouped_mm.default)
+_MIXES = (_LINEAR, optc.attention.default, _EXPERTS)
 _FEW = 8  # a layer with fewer inputs or outputs is a gate, and as good as weightless
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight [N, K] that could be quantized.
+    """A weight that could be quantized, as a matrix [N, K]; of experts with theirs one below the other: [G * n, K].
 
     Attributes:
         name: of the weight in the program.
         role: what it is for; of a tied weight lm_head.
         shape: (N, K).
-        linears: nodes that multiply by it.
+        linears: nodes that multiply by it: linear layers, or grouped products of experts.
         embeddings: nodes that look rows up in it.
+        experts: G; none if the weight is a matrix.
+        transposed: of experts, whether the program has it as [G, K, n].
     """
 
     name: str
@@ -36,49 +40,95 @@ class Candidate:
     shape: tuple[int, int]
     linears: tuple[fx.Node, ...] = field(repr=False)
     embeddings: tuple[fx.Node, ...] = field(repr=False)
+    experts: int | None = None
+    transposed: bool = False
 
     @property
     def is_tied(self) -> bool:
         return bool(self.linears and self.embeddings)
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] of what the program has."""
+        return (weight.mT if self.transposed else weight).reshape(self.shape)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """What the program has of the weight [N, K]; undoes `as_matrix`."""
+        if self.experts is None:
+            return matrix
+        weight = matrix.reshape(self.experts, -1, self.shape[1])
+        return weight.mT.contiguous() if self.transposed else weight
+
 
 def find_candidates(program: Program) -> tuple[list[Candidate], list[tuple[fx.Node, str]]]:
-    """The weights of linear layers and embeddings in the order of their use, and the linear nodes that have none, with
+    """The weights of linear layers, experts and embeddings in the order of their use, and the nodes that have none, with
     the reason.
     """
-    uses: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    uses: dict[str, list[_Use]] = {}
     declined: list[tuple[fx.Node, str]] = []
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in (_LINEAR, _EMBEDDING):
-            weight = node.args[1] if node.target is _LINEAR else node.args[0]
-            if weight.op == "get_attr":
-                uses.setdefault(weight.target, []).append((node, weight))
+        if use := _use_of(node):
+            if use.weight.op == "get_attr":
+                uses.setdefault(str(use.weight.target), []).append(use)
             else:
                 declined.append((node, "its weight is computed"))
     others = _used_otherwise(program)
     found = []
-    for name, nodes in uses.items():
-        linears = tuple(node for node, _ in nodes if node.target is _LINEAR)
-        embeddings = tuple(node for node, _ in nodes if node.target is _EMBEDDING)
+    for name, of_weight in uses.items():
+        first = of_weight[0]
         if name in others:
-            declined.append((nodes[0][0], f"its weight is also used by {others[name]}"))
-            continue
-        shape = value_of(nodes[0][1]).shape
-        role = role_of(linears[0]) if linears else "embedding"
-        found.append(Candidate(name, role, (int(shape[0]), int(shape[1])), linears, embeddings))
+            declined.append((first.node, f"its weight is also used by {others[name]}"))
+        elif any(use.is_turned != first.is_turned for use in of_weight):
+            declined.append((first.node, "its weight is used both turned and as it is"))
+        else:
+            found.append(_candidate(name, of_weight))
     return found, declined
 
 
+@dataclass(frozen=True)
+class _Use:
+    """A node and the weight it multiplies by or looks up in; of experts also whether that is a view, [G, n, K] turned."""
+
+    node: fx.Node
+    weight: fx.Node
+    is_turned: bool = False
+
+
+def _use_of(node: fx.Node) -> _Use | None:
+    if node.op != "call_function" or node.target not in _WEIGHT:
+        return None
+    weight = node.args[_WEIGHT[node.target]]
+    assert isinstance(weight, fx.Node)
+    if node.target is _EXPERTS and weight.target in _TRANSPOSES:
+        order = torch.empty(1, 2, 3, device="meta")
+        turned = weight.target(order, *weight.args[1:], **weight.kwargs)  # type: ignore[operator]
+        if turned.stride() == order.mT.stride():
+            return _Use(node, weight.all_input_nodes[0], is_turned=True)
+    return _Use(node, weight)
+
+
+def _candidate(name: str, uses: list[_Use]) -> Candidate:
+    nodes = [use.node for use in uses]
+    linears = tuple(node for node in nodes if node.target is not _EMBEDDING)
+    embeddings = tuple(node for node in nodes if node.target is _EMBEDDING)
+    rows, columns = map(int, value_of(uses[0].weight).shape[-2:])
+    if nodes[0].target is not _EXPERTS:
+        role = role_of(linears[0]) if linears else "embedding"
+        return Candidate(name, role, (rows, columns), linears, embeddings)
+    experts, transposed = int(value_of(uses[0].weight).shape[0]), not uses[0].is_turned
+    if transposed:
+        rows, columns = columns, rows
+    return Candidate(name, "mlp", (experts * rows, columns), linears, (), experts, transposed)
+
+
 def _used_otherwise(program: Program) -> dict[str, str]:
-    """Weights that anything but a linear layer or an embedding takes, and what takes them."""
+    """Weights that anything but a linear layer, experts or an embedding takes, and what takes them."""
     found = {}
     for node in program.graph.find_nodes(op="get_attr"):
         for user in node.users:
-            is_weight = (user.target is _LINEAR and user.args[1] is node) or (
-                user.target is _EMBEDDING and user.args[0] is node
-            )
-            if not is_weight:
-                found[node.target] = user.name
+            for taker in user.users if user.target in _TRANSPOSES else (user,):
+                use = _use_of(taker)
+                if use is None or use.weight is not node:
+                    found[node.target] = taker.name
     return found
 
 

@@ -26,14 +26,14 @@ class Group:
         input: what they multiply.
         size: how many weights.
         columns: inputs of each.
-        role: what they are for.
+        roles: what each is for.
     """
 
     weights: tuple[str, ...]
     input: fx.Node = field(repr=False)
     size: int
     columns: int
-    role: Role
+    roles: tuple[Role, ...]
 
 
 def tied_groups(candidates: Sequence[Candidate]) -> list[Group]:
@@ -47,7 +47,7 @@ def tied_groups(candidates: Sequence[Candidate]) -> list[Group]:
             x,
             sum(c.shape[0] * c.shape[1] for c in found),
             found[0].shape[1],
-            found[0].role,
+            tuple(c.role for c in found),
         )
         for x, found in by_input.items()
     ]
@@ -74,7 +74,7 @@ def measure_sensitivity(
             its bytes.
         on_progress: called with the fraction that is done.
     """
-    found: list[list[Option]] = []
+    found: dict[fx.Node, list[Option]] = {}
     with Walk(program, samples, [group.input for group in groups]) as walk:
         reference: list[Tensor] = []
         by_input = {group.input: group for group in groups}
@@ -82,9 +82,9 @@ def measure_sensitivity(
             if not reference:
                 reference = [log_probabilities(output) for output in walk.outputs({})]
             group, statistics = by_input[node], walk.statistics()
-            found.append(list(_options(program, group, schemes(group), statistics, walk, reference, quantize)))
+            found[node] = list(_options(program, group, schemes(group), statistics, walk, reference, quantize))
             on_progress(len(found) / len(groups))
-    return found
+    return [found[group.input] for group in groups]
 
 
 def _options(
@@ -103,7 +103,7 @@ def _options(
             continue
         assignment = Assignment(name, find_scheme(name), "rtn")
         rounded = {weight: quantize(weight, assignment, statistics) for weight in group.weights}
-        outputs = walk.outputs({weight: value for weight, (value, _) in rounded.items()})
+        outputs = walk.outputs({weight: value for weight, (value, _) in rounded.items()}, assignment.scheme.activation)
         yield Option(name, sum(size for _, size in rounded.values()), mean_divergence(reference, outputs))
 
 

@@ -1,6 +1,7 @@
 """Quantized weights: how they are stored, what they mean, and the ops that use them.
 
     optc::linear_quantized(x, weight, scale, zero?, group_index?, input_scale?, bias?, bits, block, activation)
+    optc::grouped_mm_quantized(x, weight, scale, zero?, group_index?, input_scale?, offsets, bits, block, activation)
     optc::embedding_quantized(ids, weight, scale, zero?, group_index?, columns, bits, block, dtype)
 
 A stored weight [N, K] is
@@ -11,7 +12,8 @@ A stored weight [N, K] is
     zero    none; or of the scale's shape: int8, int32 (fewer bits: packed as above, along the rows), or floating (HQQ)
     group_index   none, or i32[K]: the group of each column (GPTQ's act-order), instead of column // block[1]
 
-and means  W = (code - zero) * scale, in float32. `dequantize` is that, and the oracle of every kernel.
+and means  W = (code - zero) * scale, in float32. `dequantize` is that, and the oracle of every kernel. The weights of
+experts are one matrix too, theirs one below the other.
 """
 
 from __future__ import annotations
@@ -249,6 +251,69 @@ torch.library.register_fake("optc::linear_quantized", _linear_quantized_fake, li
 
 
 LIBRARY.define(
+    "grouped_mm_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index, Tensor? input_scale, "
+    "Tensor offsets, int bits, int[] block, str activation) -> Tensor"
+)
+
+
+def grouped_mm_quantized_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_index: Tensor | None,
+    input_scale: Tensor | None,
+    offsets: Tensor,
+    bits: int,
+    block: list[int],
+    activation: str,
+) -> Tensor:
+    """X [S, K] with rows sorted by expert, stored weight [G * N, K], offsets i32[G] (end of each expert's rows) -> [S, N].
+
+    Rows at or after offsets[G - 1] belong to no expert; they are zero. The rest is as in `linear_quantized_reference`. Only
+    the weights of experts that have rows are expanded.
+    """
+    outputs = _outputs_of_expert(weight, offsets)
+    values = x.float() if activation == "none" else quantize_activations(x, activation, input_scale)
+    out = x.new_zeros(x.shape[0], outputs)
+    zero = _unpacked_zero(zero, bits, scale.shape[0])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            rows = torch.arange(expert * outputs, (expert + 1) * outputs, device=weight.device)
+            matrix = _dequantize_rows(rows, weight, scale, zero, group_index, x.shape[1], bits, block)
+            out[start:end] = (values[start:end] @ matrix.t()).to(x.dtype)
+        start = end
+    return out
+
+
+def _outputs_of_expert(weight: Tensor, offsets: Tensor) -> int:
+    rows, experts = weight.shape[0], offsets.shape[0]
+    if experts == 0 or rows % experts:
+        raise ValueError(f"grouped_mm_quantized: {rows} rows of weight for {experts} experts, expected a multiple")
+    return rows // experts
+
+
+def _grouped_mm_quantized_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_index: Tensor | None,
+    input_scale: Tensor | None,
+    offsets: Tensor,
+    bits: int,
+    block: list[int],
+    activation: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], _outputs_of_expert(weight, offsets))
+
+
+LIBRARY.impl("grouped_mm_quantized", grouped_mm_quantized_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("optc::grouped_mm_quantized", _grouped_mm_quantized_fake, lib=LIBRARY)
+
+
+LIBRARY.define(
     "embedding_quantized(Tensor ids, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index, int columns, "
     "int bits, int[] block, ScalarType dtype) -> Tensor"
 )
@@ -266,13 +331,26 @@ def embedding_quantized_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows `ids` i64[...] of the stored weight [V, columns] -> [..., columns] in `dtype`. Only these are expanded."""
-    rows = ids.flatten()
-    codes = unpack_bits(weight[rows], bits, columns) if weight.dtype == torch.int32 else weight[rows]
-    zero, row_blocks = _unpacked_zero(zero, bits, scale.shape[0]), rows // block[0]
-    if zero is not None:
-        zero = zero[row_blocks]
-    values = dequantize_codes(codes, scale[row_blocks], zero, group_index, (1, block[1]))
+    zero = _unpacked_zero(zero, bits, scale.shape[0])
+    values = _dequantize_rows(ids.flatten(), weight, scale, zero, group_index, columns, bits, block)
     return values.to(dtype).reshape(*ids.shape, columns)
+
+
+def _dequantize_rows(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_index: Tensor | None,
+    columns: int,
+    bits: int,
+    block: list[int],
+) -> Tensor:
+    """Rows i64[R] of a stored weight, `zero` unpacked or floating -> f32[R, columns]."""
+    codes = unpack_bits(weight[rows], bits, columns) if weight.dtype == torch.int32 else weight[rows]
+    row_blocks = rows // block[0]
+    zero = None if zero is None else zero[row_blocks]
+    return dequantize_codes(codes, scale[row_blocks], zero, group_index, (1, block[1]))
 
 
 def _embedding_quantized_fake(

@@ -25,8 +25,10 @@ _QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _GATED = {"gate_proj", "up_proj", "down_proj"}
 _LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 _SHARED = {f"shared_experts.{name}" for name in _GATED}
+_EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+_MIXED = _GATED | _SHARED | _EXPERTS
 _UNTIED = {"embedding": {"embed_tokens"}, "lm_head": {"lm_head"}}
-_TIED = {"lm_head": {"lm_head"}}
+_TIED = {"lm_head": {"embed_tokens"}}
 
 # Of each family, the last parts of the names of the weights of each role; nothing else may be there.
 EXPECTED: dict[str, dict[str, set[str]]] = {
@@ -39,7 +41,7 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "mlp": {"fc1", "fc2"},
     },
     "gpt2": {
-        **_TIED,
+        "lm_head": {"wte"},
         "embedding": {"wpe"},
         "attention": {"c_attn", "attn.c_proj"},
         "mlp": {"c_fc", "mlp.c_proj"},
@@ -57,36 +59,37 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "mlp": {"project_in", "project_out", "fc1", "fc2"},
     },
     "falcon": {  # products with a transposed weight
-        **_TIED,
+        "lm_head": {"word_embeddings"},
         "attention": {"query_key_value", "dense"},
         "mlp": {"dense_h_to_4h", "dense_4h_to_h"},
     },
-    "mixtral": {**_UNTIED, "attention": _QKVO, "router": {"mlp.gate"}},  # the experts are grouped products
+    "mixtral": {**_UNTIED, "attention": _QKVO, "mlp": _EXPERTS, "router": {"mlp.gate"}},
+    "gpt_oss": {**_UNTIED, "attention": _QKVO, "mlp": _EXPERTS, "router": {"mlp.router"}},  # experts as [G, K, n]
     "qwen2_moe": {
         **_UNTIED,
         "attention": _QKVO,
-        "mlp": {f"shared_expert.{name}" for name in _GATED},
+        "mlp": _EXPERTS | {f"shared_expert.{name}" for name in _GATED},
         "router": {"mlp.gate", "mlp.shared_expert_gate"},
     },
-    "deepseek_v2": {**_UNTIED, "attention": _LATENT, "mlp": _GATED | _SHARED, "router": {"mlp.gate"}},
-    "deepseek_v3": {**_UNTIED, "attention": _LATENT, "mlp": _GATED | _SHARED, "router": {"mlp.gate"}},
+    "deepseek_v2": {**_UNTIED, "attention": _LATENT, "mlp": _MIXED, "router": {"mlp.gate"}},
+    "deepseek_v3": {**_UNTIED, "attention": _LATENT, "mlp": _MIXED, "router": {"mlp.gate"}},
     "afmoe": {  # attention's result is gated
         **_UNTIED,
         "attention": {f"self_attn.{name}" for name in (*_QKVO, "gate_proj")},
-        "mlp": {f"mlp.{name}" for name in _GATED} | _SHARED,
+        "mlp": {f"mlp.{name}" for name in _GATED} | _SHARED | _EXPERTS,
         "router": {"router.gate"},
     },
     "diffllama": {**_UNTIED, "attention": _QKVO, "mlp": _GATED},  # the difference of two attentions
 }
 TIED = ("gemma2", "gpt2", "opt", "falcon")
-EVERY_TIME = ("gpt2", "opt", "falcon", "qwen2_moe", "deepseek_v2", "diffllama")
+EVERY_TIME = ("gpt2", "opt", "falcon", "gpt_oss", "qwen2_moe", "deepseek_v2", "diffllama")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in EXPECTED]
 )
 def test_roles_of_a_family(name: str) -> None:
-    attention = "eager" if name == "gemma2" else "sdpa"
+    attention = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
     model = AutoModelForCausalLM.from_config(make_config(name), attn_implementation=attention)
     program, _ = capture(model.eval().requires_grad_(False), MAX_LEN)
     run_passes(program, [Canonicalize()])
@@ -100,6 +103,10 @@ def test_roles_of_a_family(name: str) -> None:
         assert candidate.role in fitting, f"{source} is {candidate.role}"
         seen |= {end for end in expected[candidate.role] if re.search(rf"(^|\.){end}$", source)}
         stored = model.get_parameter(program.sources[candidate.name]).shape
+        if candidate.experts is not None:
+            assert stored[0] == candidate.experts and candidate.transposed == (name == "gpt_oss")
+            rows, columns = stored[:0:-1] if candidate.transposed else stored[1:]
+            stored = torch.Size([stored[0] * rows, columns])
         assert candidate.shape == (stored[::-1] if program.layouts.get(candidate.name) == "transposed" else stored)
     assert seen == set().union(*expected.values())
     assert [candidate.role for candidate in candidates if candidate.is_tied] == ["lm_head"] * (name in TIED)
@@ -109,7 +116,7 @@ def roles(program: Program) -> dict[str, str]:
     return {candidate.name: candidate.role for candidate in find_candidates(program)[0]}
 
 
-def weights(**shapes: tuple[int, int]) -> dict[str, torch.Tensor]:
+def weights(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
 
 
@@ -181,6 +188,61 @@ def test_other_uses_are_declined_by_name(program_of: Callable[..., Program]) -> 
     candidates, declined = find_candidates(program)
     assert [candidate.name for candidate in candidates] == ["table", "head"]
     assert [reason for _, reason in declined] == ["its weight is computed", "its weight is also used by sum_default"]
+
+
+def experts(graph: fx.Graph, x: fx.Node, weight: fx.Node, *, turned: bool) -> fx.Node:
+    """Rows [T, K] times one matrix for all of them, as the only expert of so many that has rows."""
+    offsets = call(graph, aten.full.default, [3], 5, dtype=torch.int32)
+    return call(graph, optc.grouped_mm.default, x, turn(graph, weight) if turned else weight, offsets)
+
+
+def turn(graph: fx.Graph, weight: fx.Node) -> fx.Node:
+    return call(graph, aten.transpose.int, weight, -2, -1)
+
+
+def rows_of(graph: fx.Graph, table: fx.Node, ids: fx.Node) -> fx.Node:
+    return call(graph, aten.select.int, embed(graph, table, ids), 0, 0)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_are_a_matrix_with_theirs_one_below_the_other(turned: bool, program_of: Callable[..., Program]) -> None:
+    def build(g: fx.Graph, ids: fx.Node, positions: fx.Node, **w: fx.Node) -> fx.Node:
+        return linear(g, experts(g, rows_of(g, w["table"], ids), w["up"], turned=turned), w["head"])
+
+    shape = (3, 24, 16) if turned else (3, 16, 24)
+    program = program_of(build, weights(table=(50, 16), up=shape, head=(50, 24)))
+    found, declined = find_candidates(program)
+    (up,) = [candidate for candidate in found if candidate.name == "up"]
+    assert not declined
+    assert (up.role, up.shape, up.experts, up.transposed) == ("mlp", (72, 16), 3, not turned)
+    weight = torch.randn(shape)
+    matrix = up.as_matrix(weight)
+    assert torch.equal(matrix[24:48], weight[1] if turned else weight[1].t())
+    assert torch.equal(up.from_matrix(matrix), weight) and up.from_matrix(matrix).is_contiguous()
+
+
+def test_experts_whose_weights_are_used_otherwise_are_declined(program_of: Callable[..., Program]) -> None:
+    def build(g: fx.Graph, ids: fx.Node, positions: fx.Node, **w: fx.Node) -> fx.Node:
+        x = rows_of(g, w["table"], ids)
+        x = experts(g, x, call(g, aten.neg.default, w["computed"]), turned=False)
+        x = experts(g, x, call(g, aten.permute.default, w["other_order"], [1, 0, 2]), turned=False)
+        x = experts(g, experts(g, x, w["both_ways"], turned=True), w["both_ways"], turned=False)
+        x = call(g, aten.add.Tensor, experts(g, x, w["summed"], turned=True), call(g, aten.sum.default, w["summed"]))
+        viewed = turn(g, w["viewed"])
+        x = call(g, optc.grouped_mm.default, x, viewed, call(g, aten.full.default, [3], 5, dtype=torch.int32))
+        return linear(g, call(g, aten.add.Tensor, x, call(g, aten.amax.default, viewed)), w["head"])
+
+    cube = {name: (3, 16, 16) for name in ("computed", "both_ways", "summed", "viewed")}
+    program = program_of(build, weights(table=(50, 16), **cube, other_order=(16, 3, 16), head=(50, 16)))
+    candidates, declined = find_candidates(program)
+    assert [candidate.name for candidate in candidates] == ["table", "head"]
+    assert [reason for _, reason in declined] == [
+        "its weight is computed",
+        "its weight is computed",
+        "its weight is used both turned and as it is",
+        "its weight is also used by sum_default",
+        "its weight is also used by amax_default",
+    ]
 
 
 def test_the_captured_model(canonical: Program) -> None:

@@ -1,4 +1,4 @@
-// optc::linear_quantized and optc::embedding_quantized on the CPU.
+// optc::linear_quantized, optc::grouped_mm_quantized and optc::embedding_quantized on the CPU.
 //
 // Weights are read once per panel of x rows: four rows of codes at a time become float32 in a thread's own memory and
 // meet all rows of the panel there. An output is the sum of the same products in the same order whatever rows of x and
@@ -40,18 +40,18 @@ void dot(int64_t rows, const float* x, const float* w, int64_t width, float (*ou
 // How many pieces of so many multiplications are worth waking a thread for.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, work)); }
 
-// out[rows, N] = x[rows, width] times the transposed weight [N, columns], plus bias.
+// out[rows, outputs] = x[rows, width] times the transposed rows start .. start + outputs - 1 of the weight, plus bias.
 template <typename T>
-void multiply_panel(const float* x, int64_t rows, int64_t width, const StoredWeight& weight, const float* bias,
-                    T* out) {
-  const int64_t outputs = weight.rows(), tiles = (outputs + kWeightRows - 1) / kWeightRows;
+void multiply_panel(const float* x, int64_t rows, int64_t width, const StoredWeight& weight, int64_t start,
+                    int64_t outputs, const float* bias, T* out) {
+  const int64_t tiles = (outputs + kWeightRows - 1) / kWeightRows;
   torch::stable::parallel_for(0, tiles, grain(kWeightRows * width * (rows + 4)), [&](int64_t begin, int64_t end) {
     std::vector<float> w(kWeightRows * width), scratch(weight.scratch());
     for (int64_t first = begin * kWeightRows; first < std::min(outputs, end * kWeightRows); first += kWeightRows) {
       const int64_t count = std::min<int64_t>(kWeightRows, outputs - first);
       for (int64_t n = 0; n < count; n++) {
         float* row = w.data() + n * width;
-        weight.expand(first + n, row, scratch.data());
+        weight.expand(start + first + n, row, scratch.data());
         std::fill(row + weight.columns(), row + width, 0.0f);
       }
       for (int64_t m = 0; m < rows; m += kRows) {
@@ -79,6 +79,20 @@ void read_panel(const T* x, int64_t rows, int64_t columns, int64_t width, const 
   });
 }
 
+// out[rows, outputs] = x[rows, columns], rounded as `activation` says, times the same rows of the weight, plus bias.
+template <typename T>
+void multiply(const T* x, int64_t rows, const Activation& activation, const StoredWeight& weight, int64_t start,
+              int64_t outputs, const float* bias, T* out) {
+  const int64_t columns = weight.columns(), width = round_up(columns, kPadding);
+  const int64_t together = std::min(rows, std::max<int64_t>(16, kPanelFloats / width));
+  std::vector<float> panel(together * width);
+  for (int64_t first = 0; first < rows; first += together) {
+    const int64_t count = std::min(together, rows - first);
+    read_panel(x + first * columns, count, columns, width, activation, panel.data());
+    multiply_panel(panel.data(), count, width, weight, start, outputs, bias, out + first * outputs);
+  }
+}
+
 Tensor linear_quantized(const Tensor& x_in, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                         const std::optional<Tensor>& group_index, const std::optional<Tensor>& input_scale,
                         const std::optional<Tensor>& bias_in, int64_t bits, const std::vector<int64_t>& block,
@@ -99,16 +113,46 @@ Tensor linear_quantized(const Tensor& x_in, const Tensor& codes, const Tensor& s
 
   dispatch_float("linear_quantized", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const int64_t rows = x.numel() / columns, width = round_up(columns, kPadding);
+    multiply(static_cast<const T*>(x.data_ptr()), x.numel() / columns, activation, weight, 0, weight.rows(),
+             bias.data(), static_cast<T*>(out.data_ptr()));
+  });
+  return out;
+}
+
+Tensor grouped_mm_quantized(const Tensor& x_in, const Tensor& codes, const Tensor& scale,
+                            const std::optional<Tensor>& zero, const std::optional<Tensor>& group_index,
+                            const std::optional<Tensor>& input_scale, const Tensor& offsets_in, int64_t bits,
+                            const std::vector<int64_t>& block, const std::string& activation_name) {
+  check_shape("x", x_in, {-1, -1});
+  const Tensor x = as_contiguous(x_in), offsets = as_contiguous(offsets_in);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const StoredWeight weight(codes, scale, zero, group_index, columns, bits, block);
+  const Activation activation(activation_name, input_scale, columns);
+  check_dtype("offsets", offsets, ScalarType::Int);
+  check_shape("offsets", offsets, {-1});
+  const int64_t experts = offsets.size(0);
+  check(experts > 0 && weight.rows() % experts == 0, weight.rows(), " rows of weight for ", experts,
+        " experts, expected a multiple");
+  const int64_t outputs = weight.rows() / experts;
+  const auto* ends = static_cast<const int32_t*>(offsets.data_ptr());
+  for (int64_t i = 0; i < experts; i++)
+    check((i ? ends[i - 1] : 0) <= ends[i] && ends[i] <= rows, "offsets must rise from 0 to at most ", rows);
+  const std::vector<float> bias(outputs);
+  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+
+  dispatch_float("grouped_mm_quantized", x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
     const auto* from = static_cast<const T*>(x.data_ptr());
     auto* to = static_cast<T*>(out.data_ptr());
-    const int64_t together = std::min(rows, std::max<int64_t>(16, kPanelFloats / width));
-    std::vector<float> panel(together * width);
-    for (int64_t first = 0; first < rows; first += together) {
-      const int64_t count = std::min(together, rows - first);
-      read_panel(from + first * columns, count, columns, width, activation, panel.data());
-      multiply_panel(panel.data(), count, width, weight, bias.data(), to + first * weight.rows());
+    int64_t start = 0;
+    for (int64_t i = 0; i < experts; i++) {
+      const int64_t end = ends[i];
+      if (end > start)
+        multiply(from + start * columns, end - start, activation, weight, i * outputs, outputs, bias.data(),
+                 to + start * outputs);
+      start = end;
     }
+    std::fill(to + start * outputs, to + rows * outputs, static_cast<T>(0.0f));
   });
   return out;
 }
@@ -145,5 +189,6 @@ Tensor embedding_quantized(const Tensor& ids_in, const Tensor& codes, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("linear_quantized", TORCH_BOX(&optc::linear_quantized));
+  m.impl("grouped_mm_quantized", TORCH_BOX(&optc::grouped_mm_quantized));
   m.impl("embedding_quantized", TORCH_BOX(&optc::embedding_quantized));
 }
