@@ -8,9 +8,10 @@ them. A tool that was not run is left out, and the table says so. WORK is any fo
     python -m venv WORK/llm-compressor
     WORK/llm-compressor/bin/pip install "torch<2.14" llmcompressor==0.14.0.1 gguf==0.19.0
     python -m venv WORK/gptqmodel
-    WORK/gptqmodel/bin/pip install torch && WORK/gptqmodel/bin/pip install --no-build-isolation gptqmodel==7.7.0
+    WORK/gptqmodel/bin/pip install torch gptqmodel==7.7.0
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 -d WORK && tar xzf WORK/llama_cpp_python-*.tar.gz -C WORK
-    cmake -S WORK/llama_cpp_python-0.3.36/vendor/llama.cpp -B WORK/ggml -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_COMMON=OFF
+    cmake -S WORK/llama_cpp_python-0.3.36/vendor/llama.cpp -B WORK/ggml -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \\
+        -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
     cmake --build WORK/ggml --target ggml-base
 
     peers() { "$1" benchmarks/quantization_peers.py "$2" --model examples/tiny-llama --samples WORK/samples.safetensors \\
@@ -75,9 +76,9 @@ BUDGETS = [4.5]  # bits a weight that the compiler may mix schemes for
 # What the presets mean: name, options of `compile`, and by how much perplexity may rise at most.
 PRESETS: list[tuple[str, dict[str, Any], float | None]] = [
     ("bfloat16, not quantized", {}, None),
-    ("--int8 (w8a8)", {"quantize": "w8a8"}, 0.003),
-    ("--fp8 for h100 (fp8-dynamic)", {"quantize": "fp8-dynamic", "target": "h100"}, 0.01),
-    ("--int4 (w4a16-g128)", {"quantize": "w4a16-g128"}, 0.03),
+    ("--int8", {"quantize": "int8"}, 0.003),
+    ("--fp8 --target h100", {"quantize": "fp8", "target": "h100"}, 0.01),
+    ("--int4", {"quantize": "int4"}, 0.03),
 ]
 
 

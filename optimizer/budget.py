@@ -29,6 +29,8 @@ _ROUNDS = 4
 _CLOSE_ENOUGH = 0.8  # of the limit: not worth another round
 _AIM = 0.9  # of the limit, after a mix that did not keep it
 _TOKENS = 4096
+_LEAST = 64
+_ROWS = 128  # of logits at a time
 _LOGITS = 2**27  # numbers of reference logits that are kept: half a GB
 
 
@@ -65,11 +67,30 @@ class Budget:
         )
         return ", ".join(f"{name} {value:g}{unit}" for name, value, unit in limits if value is not None)
 
-    def excess(self, divergence: float, ppl_increase: float) -> float:
+    def excess(self, measured: Measured) -> float:
         """The measured values over their limits: kept if at most 1; 0 without limits."""
-        kl = divergence / self.max_kl if self.max_kl is not None else 0.0
-        ppl = math.log1p(ppl_increase) / math.log1p(self.max_ppl_increase) if self.max_ppl_increase is not None else 0.0
-        return max(kl, ppl)
+        kl = measured.divergence / self.max_kl if self.max_kl is not None else 0.0
+        ppl = measured.log_ppl / math.log1p(self.max_ppl_increase) if self.max_ppl_increase is not None else 0.0
+        return max(kl, ppl) if math.isfinite(kl + ppl) else math.inf
+
+    def keeps(self, measured: Measured) -> bool:
+        return self.excess(measured) <= 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean KL divergence in nats a token, and the increase of the perplexity's logarithm."""
+
+    divergence: float
+    log_ppl: float
+
+    @property
+    def ppl_increase(self) -> float:
+        """As a fraction."""
+        return math.expm1(min(self.log_ppl, 100.0))
+
+    def __str__(self) -> str:
+        return f"a mean KL divergence of {self.divergence:.5f} nats and {100 * self.ppl_increase:+.2f}% perplexity"
 
 
 @dataclass(frozen=True)
@@ -78,8 +99,7 @@ class _Attempt:
 
     mix: Mix
     recipe: Recipe
-    divergence: float
-    ppl_increase: float
+    measured: Measured
 
 
 def choose_mix(
@@ -104,13 +124,12 @@ def choose_mix(
     Raises:
         BudgetError: no mix keeps the budget; holds the table of what was measured.
     """
-    samples = limited(samples, program)
     groups = _groups(program, recipe)
     candidates = {candidate.name: candidate for candidate in find_candidates(program)[0]}
     options = measure_sensitivity(
         program,
         groups,
-        samples,
+        limited(samples, program),
         lambda group: scheme_options(recipe.default, group, budget),
         lambda name, assignment, statistics: _round(program, candidates[name], assignment, statistics),
         on_progress=lambda fraction: on_progress(0.5 * fraction),
@@ -123,38 +142,43 @@ def choose_mix(
     attempts: list[_Attempt] = []
     while len(attempts) < _ROUNDS and (mix := _next_mix(mixes, budget, attempts)):
         chosen = with_rules(recipe, program, groups, mix)
-        attempts.append(
-            _Attempt(mix, chosen, *measure_whole(program, quantized(program, chosen, calibration), samples))
-        )
+        attempts.append(_Attempt(mix, chosen, measure_whole(program, quantized(program, chosen, calibration), samples)))
         on_progress(0.5 + 0.5 * len(attempts) / _ROUNDS)
-    kept = [attempt for attempt in attempts if budget.excess(attempt.divergence, attempt.ppl_increase) <= 1]
+    kept = [attempt for attempt in attempts if budget.keeps(attempt.measured)]
     if kept:
         best = min(kept, key=lambda attempt: attempt.mix.num_bytes)
         return best.recipe, _record(budget, groups, options, len(attempts), best, size)
-    nearest = min(attempts, key=lambda a: budget.excess(a.divergence, a.ppl_increase), default=None)
+    nearest = min(attempts, key=lambda attempt: budget.excess(attempt.measured), default=None)
     record = _record(budget, groups, options, len(attempts), nearest, size)
     raise BudgetError(_refusal(record, budget, options, size), details=budget_lines(record))
 
 
 def _next_mix(mixes: Sequence[Mix], budget: Budget, attempts: Sequence[_Attempt]) -> Mix | None:
-    """The mix to try next; none if the best one was found, or there is nothing left to try."""
-    if not mixes:
-        return None
+    """The mix to try next; none if a good one was found, or there is nothing left to try.
+
+    It lies between the largest that failed and the smallest that kept the budget, and, by the ratio of what was measured
+    to what was predicted so far, just keeps it. If none has by the last round, that tries the largest of all.
+    """
     if budget.max_kl is None and budget.max_ppl_increase is None:
-        return None if attempts else mixes[-1]
-    ratio = 1.0  # of what was measured to what was predicted
-    if attempts:
-        last = attempts[-1]
-        excess = budget.excess(last.divergence, last.ppl_increase)
-        if _CLOSE_ENOUGH <= excess <= 1 or last.mix.divergence == 0:
-            return None
-        ratio = excess / budget.excess(last.mix.divergence, math.expm1(last.mix.divergence))
-        ratio /= _AIM if excess > 1 else 1
-    tried = {attempt.mix for attempt in attempts}
-    failed = [a.mix.num_bytes for a in attempts if budget.excess(a.divergence, a.ppl_increase) > 1]
-    predicted = [mix for mix in mixes if ratio * budget.excess(mix.divergence, math.expm1(mix.divergence)) <= 1]
-    larger = [mix for mix in predicted or mixes[-1:] if mix.num_bytes > max(failed, default=-1)]
-    return larger[0] if larger and larger[0] not in tried else None
+        return None if attempts or not mixes else mixes[-1]
+    failed = [attempt.mix.num_bytes for attempt in attempts if not budget.keeps(attempt.measured)]
+    kept = [attempt.mix.num_bytes for attempt in attempts if budget.keeps(attempt.measured)]
+    between = [mix for mix in mixes if max(failed, default=-1) < mix.num_bytes < min(kept, default=2**63)]
+    if not between or (attempts and _CLOSE_ENOUGH <= budget.excess(attempts[-1].measured) <= 1):
+        return None
+    if not kept and len(attempts) == _ROUNDS - 1:
+        return between[-1]
+    ratio = 1.0
+    if attempts and (predicted := budget.excess(_predicted(attempts[-1].mix))):
+        excess = budget.excess(attempts[-1].measured)
+        ratio = excess / predicted / (_AIM if excess > 1 else 1)
+    likely = [mix for mix in between if ratio * budget.excess(_predicted(mix)) <= 1]
+    return likely[0] if likely else None if kept else between[-1]
+
+
+def _predicted(mix: Mix) -> Measured:
+    """What a mix would be measured at if divergences added up; on text like the model's own, perplexity rises by them."""
+    return Measured(mix.divergence, mix.divergence)
 
 
 def scheme_options(default: str, group: Group, budget: Budget) -> list[str]:
@@ -185,7 +209,7 @@ def _round(
     original = get_weight(program.module, candidate.name).detach()
     weight, args = candidate.as_matrix(original).float(), assignment.scheme.weights
     found = round_weight(weight, assignment, scale_dtype(original.dtype, weight, args), statistics)
-    return candidate.from_matrix(found.dequantize().to(original.dtype)), found.pack().num_bytes()
+    return candidate.from_matrix(found.dequantize()), found.pack().num_bytes()
 
 
 def with_rules(recipe: Recipe, program: Program, groups: Sequence[Group], mix: Mix) -> Recipe:
@@ -206,24 +230,38 @@ def quantized(program: Program, recipe: Recipe, calibration: Calibration | None)
 
 
 @torch.no_grad()
-def measure_whole(reference: Program, found: Program, samples: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean KL divergence of one program from another in nats a token, and the increase of the perplexity as a fraction."""
-    divergence, increase, tokens = 0.0, 0.0, 0
-    with Walk(reference, samples, []) as first, Walk(found, samples, []) as second:
+def measure_whole(reference: Program, found: Program, samples: Sequence[Tensor]) -> Measured:
+    """How far one program is from another on token sequences i64[n], both computed in float32.
+
+    Weights are what is compared, and the activations that linear layers round; no program here has a KV cache.
+    """
+    divergence, log_ppl, tokens = 0.0, 0.0, 0
+    with Walk(reference, samples, [], float32=True) as first, Walk(found, samples, [], float32=True) as second:
         for sample, a, b in zip(samples, first.outputs({}), second.outputs({}), strict=True):
-            expected, actual = log_probabilities(a), log_probabilities(b)
-            divergence += float((expected.exp() * (expected - actual)).sum())
-            following = sample[1:, None]
-            increase += float((expected[:-1].gather(1, following) - actual[:-1].gather(1, following)).sum())
+            following = torch.cat([sample[1:], sample[:1]])[
+                :, None
+            ]  # of the last token none is known; its row is left out
+            for start in range(0, len(sample), _ROWS):
+                rows = slice(start, start + _ROWS)
+                expected, actual = log_probabilities(a[:, rows]), log_probabilities(b[:, rows])
+                divergence += float((expected.exp() * (expected - actual)).sum())
+                loss = (expected - actual).gather(1, following[rows])[:, 0]
+                log_ppl += float(loss[: len(sample) - 1 - start].sum())
             tokens += len(sample)
-    return max(divergence / tokens, 0.0), math.expm1(increase / (tokens - len(samples)))
+    return Measured(max(divergence / tokens, 0.0), log_ppl / (tokens - len(samples)))
 
 
-def limited(samples: Sequence[Tensor], program: Program) -> Sequence[Tensor]:
-    """As many of the samples as their logits may take memory; at least one."""
+def limited(samples: Sequence[Tensor], program: Program) -> list[Tensor]:
+    """As many of the samples as sensitivities are measured on, cut if the logits of one would take too much memory."""
     vocabulary = int(value_of(program.graph.output_node().args[0][0]).shape[-1])  # type: ignore[index]
-    limit = min(_TOKENS, _LOGITS // vocabulary)
-    return samples[: max(1, limit // max(len(samples[0]), 1))]
+    left = max(_LEAST, min(_TOKENS, _LOGITS // vocabulary))
+    found: list[Tensor] = []
+    for sample in samples:
+        if left < 2:
+            break
+        found.append(sample[:left])
+        left -= len(sample)
+    return found
 
 
 def check_budget(original: Program, found: Program, budget: Budget, samples: Sequence[Tensor]) -> BudgetRecord:
@@ -232,24 +270,37 @@ def check_budget(original: Program, found: Program, budget: Budget, samples: Seq
     Raises:
         BudgetError: it does not keep the budget.
     """
-    assert found.quantization is not None
-    bits = found.quantization.bits_per_weight
-    divergence, increase = measure_whole(original, found, limited(samples, original))
-    if budget.excess(divergence, increase) > 1 or (budget.bits is not None and bits > budget.bits):
+    measured, bits = measure_whole(original, found, samples), _bits(original, found)
+    if not budget.keeps(measured) or (budget.bits is not None and bits > budget.bits):
         raise BudgetError(
-            f"the budget ({budget}) is not kept: a mean KL divergence of {divergence:.5f} nats and {100 * increase:+.2f}% "
-            f"perplexity at {bits:.3f} bits a weight; choose a scheme of more bits, or --int4 for the best mix"
+            f"the budget ({budget}) is not kept: {measured} at {bits:.3f} bits a weight; choose a scheme of more bits, or "
+            "--int4 for the best mix",
+            details=_measured_lines(budget, measured, bits),
         )
     return BudgetRecord(
         max_kl=budget.max_kl,
         max_ppl_increase=budget.max_ppl_increase,
         bits=budget.bits,
-        kl=divergence,
-        ppl_increase=increase,
+        kl=measured.divergence,
+        ppl_increase=measured.ppl_increase,
         bits_per_weight=bits,
         rounds=1,
         groups=(),
     )
+
+
+def _bits(original: Program, found: Program) -> float:
+    """Mean bits of the weights of attention and MLP layers, and of all others that are quantized, as they are stored."""
+    quantization = found.quantization
+    assert quantization is not None
+    stored = {layer.name: layer.bits_per_weight for layer in quantization.layers}
+    bits, weights = 0.0, 0
+    for candidate in find_candidates(original)[0]:
+        name, size = original.sources.get(candidate.name, candidate.name), candidate.shape[0] * candidate.shape[1]
+        if name in stored or candidate.role in ("attention", "mlp"):
+            bits += size * stored.get(name, 8 * get_weight(original.module, candidate.name).element_size())
+            weights += size
+    return bits / weights
 
 
 def check_accuracy(budget: Budget, found: AccuracyRecord) -> None:
@@ -260,12 +311,27 @@ def check_accuracy(budget: Budget, found: AccuracyRecord) -> None:
     """
     kl, increase = found.figures.kl_mean, found.figures.perplexity_increase
     assert kl is not None and increase is not None
-    if budget.excess(kl.value, increase.value) > 1:
+    measured = Measured(kl.value, math.log1p(increase.value))
+    if not budget.keeps(measured):
         raise BudgetError(
-            f"the budget ({budget}) is kept on the calibration data and not on {found.text}: there the artifact has a mean "
-            f"KL divergence of {kl.value:.5f} nats and {100 * increase.value:+.2f}% perplexity; nothing was written; ask for "
-            "less, or calibrate on text that is more like it"
+            f"the budget ({budget}) is not kept on {found.text}: there the artifact has {measured}; nothing was written; ask "
+            "for less, or calibrate on text that is more like it",
+            details=_measured_lines(budget, measured, None),
         )
+
+
+def _measured_lines(budget: Budget, measured: Measured, bits: float | None) -> list[str]:
+    """What was measured beside its limits, as text."""
+    rows = [
+        ("mean KL divergence, nats", measured.divergence, budget.max_kl, ".6f"),
+        ("perplexity increase", measured.ppl_increase, budget.max_ppl_increase, ".3%"),
+        ("bits a weight", bits, budget.bits, ".3f"),
+    ]
+    lines = [f"{'':<26}{'measured':>12}{'limit':>12}"]
+    for name, value, limit, form in rows:
+        if value is not None:
+            lines.append(f"{name:<26}{value:>12{form}}" + (f"{'-':>12}" if limit is None else f"{limit:>12{form}}"))
+    return lines
 
 
 def _record(
@@ -281,8 +347,8 @@ def _record(
         max_kl=budget.max_kl,
         max_ppl_increase=budget.max_ppl_increase,
         bits=budget.bits,
-        kl=best.divergence if best else None,
-        ppl_increase=best.ppl_increase if best else None,
+        kl=best.measured.divergence if best else None,
+        ppl_increase=best.measured.ppl_increase if best else None,
         bits_per_weight=8 * best.mix.num_bytes / size if best else None,
         rounds=rounds,
         groups=tuple(

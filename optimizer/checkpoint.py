@@ -246,7 +246,7 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> nn.Module:
+def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> PreTrainedModel:
     """Raise for what cannot be compiled, from the modules without their weights; gives those.
 
     Raises:
@@ -335,14 +335,30 @@ def _check_weight_files(folder: Path) -> list[Path]:
 
 
 def _load_quantized(
-    folder: Path, files: list[Path], stored: Format, config: PreTrainedConfig, skeleton: nn.Module, dtype: str
+    folder: Path, files: list[Path], stored: Format, config: PreTrainedConfig, skeleton: PreTrainedModel, dtype: str
 ) -> tuple[PreTrainedModel, Quantized]:
     """A model with its quantized weights as their codes mean them, and the codes."""
     kind = DTYPES.get(dtype) or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16)
     expanded = expand(folder, files, stored, skeleton, kind)
     model = _load_model(folder, config, str(kind).removeprefix("torch."), weights=expanded.tensors)
-    weights, notes = match_parameters(expanded, model, stored.label)
+    weights, notes = match_parameters(expanded, model, stored.label, _expert_weights(skeleton))
     return model, Quantized(stored.label, weights, stored.kv_cache, (*stored.notes, *notes))
+
+
+def _expert_weights(skeleton: PreTrainedModel) -> dict[str, list[str]]:
+    """Parameters [G, N, K] -> the checkpoint's matrices that transformers makes them of, in the order of their rows.
+
+    Found by undoing what transformers does, on the numbers of the rows instead of their values.
+    """
+    found = {}
+    for name, value in skeleton.named_parameters():
+        if value.dim() == 3:
+            rows = torch.arange(value.shape[0] * value.shape[1]).view(*value.shape[:2], 1)
+            parts = revert_weight_conversion(skeleton, {name: rows})
+            order = sorted(parts, key=lambda part: int(parts[part].flatten()[0]))
+            if torch.equal(torch.cat([parts[part].flatten() for part in order]), rows.flatten()) and len(parts) > 1:
+                found[name] = order
+    return found
 
 
 def _load_model(

@@ -191,6 +191,12 @@ def _budget_samples(captured: Captured, config: CompileConfig, calibration: Cali
     """What the budget is measured on; refused here, before the work, if there is nothing."""
     if config.budget is None:
         return []
+    has_limit = config.budget.max_kl is not None or config.budget.max_ppl_increase is not None
+    if has_limit and config.recipe is not None and config.recipe.kv_cache is not None and config.evaluate is None:
+        raise UsageError(
+            f"the budget ({config.budget}) together with an {config.recipe.kv_cache} KV cache: what that costs is measured "
+            "in the artifact alone; give a text with --eval"
+        )
     return measuring_samples(
         captured.checkpoint,
         config.calibration,

@@ -6,7 +6,7 @@ model like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..passes.quantize.given import GivenWeight
 from .formats.awq import AWQ
 from .formats.compressed_tensors import CompressedTensors
+from .formats.experts import stack
 from .formats.fp8 import BlockFP8
 from .formats.gptq import GPTQ
 from .formats.module import Format, QuantizedModule
@@ -129,12 +130,19 @@ def expand(folder: Path, files: list[Path], found: Format, skeleton: nn.Module, 
 
 
 def match_parameters(
-    expanded: Expanded, model: nn.Module, label: str
+    expanded: Expanded, model: nn.Module, label: str, experts: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, GivenWeight], tuple[str, ...]]:
     """The quantized weights by the names of the model's parameters, and a note on those that are none of them.
 
     A parameter is the weight that was read if it is that very tensor: transformers renames weights, and merges some, such
-    as those of experts, into others. Merged ones stay expanded in the model's dtype.
+    as those of experts, into others. Those of experts are stacked as the model has them; others that are merged stay
+    expanded in the model's dtype.
+
+    Args:
+        expanded: the checkpoint.
+        model: that was loaded from it.
+        label: what the user calls the format.
+        experts: names of the model's parameters [G, N, K] -> the checkpoint's weights in them, in the order of their rows.
     """
     by_address = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
     matched = {
@@ -142,14 +150,27 @@ def match_parameters(
         for name, given in expanded.weights.items()
         if (pointer := expanded.tensors[name].data_ptr()) in by_address
     }
-    merged = len(expanded.weights) - len(matched)
+    found = {name for name in expanded.weights if expanded.tensors[name].data_ptr() in by_address}
+    parameters = dict(model.named_parameters())
+    for name, parts in experts.items():
+        if all(part in expanded.weights for part in parts):
+            stacked = stack([expanded.weights[part] for part in parts])
+            if stacked is not None and _holds(parameters[name], stacked):
+                matched[name] = stacked
+                found |= set(parts)
+    merged = [name for name in expanded.weights if name not in found]
     if not merged:
         return matched, ()
-    first = next(name for name in expanded.weights if expanded.tensors[name].data_ptr() not in by_address)
     return matched, (
-        f"{label}: {merged} of {len(expanded.weights)} quantized weights, among them {first}, are parts of larger ones in the "
-        "model (as experts are) and stored in its dtype",
+        f"{label}: {len(merged)} of {len(expanded.weights)} quantized weights, among them {merged[0]}, are parts of larger "
+        "ones in the model that cannot hold their codes, and stored in its dtype",
     )
+
+
+def _holds(parameter: Tensor, given: GivenWeight) -> bool:
+    """Whether a parameter is what the codes mean: that it was merged as the codes were stacked."""
+    value = given.stored.dequantize().to(parameter.dtype)
+    return value.numel() == parameter.numel() and torch.equal(value.view_as(parameter), parameter)
 
 
 @dataclass(frozen=True)

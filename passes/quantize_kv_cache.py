@@ -25,8 +25,8 @@ class QuantizeKVCache(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"paged"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_kv_cache"})
-    # A lossy rewrite: a rounding may change which experts a router picks. The check finds what is broken, `optc eval` says
-    # how good the rest is.
+    # A lossy rewrite: a rounding may change which experts a router picks. No weights stand for it, so the check only finds
+    # logits that are not finite or have nothing to do with those before; `optc eval` says how good they are.
     tolerance: ClassVar[float] = 4.0
 
     dtype: Literal["int8", "fp8"]

@@ -6,8 +6,9 @@ chunks, so that a graph which mixes tokens of different sequences, or forgets ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,13 +22,17 @@ from .graph import Program, get_weight
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _ROUNDS_ACTIVATIONS = (torch.ops.optc.linear_quantized.default, torch.ops.optc.grouped_mm_quantized.default)
 _BLOCK_SIZE = 4
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def run_float32(
+    module: fx.GraphModule, runs: Sequence[Sequence[Tensor]], replaced: Mapping[str, Tensor] = _NOTHING
+) -> list[Tensor]:
     """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a sum into a whole
-    step, and the check could not tell a wrong graph from another order of additions.
+    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a sum
+    into a whole step, and the check could not tell a wrong graph from another order of additions. `replaced` are weights
+    to compute with in place of those of the same name.
 
     The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
     while an op uses it. A later run may depend on what an earlier one wrote into a cache, as two chunks of a prompt do.
@@ -39,7 +44,9 @@ def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> lis
         if node.op == "output":
             break
         weights = {
-            used: _widen(get_weight(module, used.target)) for used in node.all_input_nodes if used.op == "get_attr"
+            used: widen(replaced[used.target] if used.target in replaced else get_weight(module, used.target))
+            for used in node.all_input_nodes
+            if used.op == "get_attr"
         }
         for environment, given in zip(environments, inputs, strict=True):
             if node.op == "placeholder":
@@ -49,7 +56,7 @@ def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> lis
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                 if node.target in _ROUNDS_ACTIVATIONS:
                     args = (*args[:-1], "none")
-                environment[node] = node.target(*_float32_arguments(args), **_float32_arguments(kwargs))
+                environment[node] = node.target(*float32_arguments(args), **float32_arguments(kwargs))
             for used in node.all_input_nodes:
                 if last_use[used] is node:
                     environment.pop(used, None)
@@ -57,11 +64,11 @@ def run_float32(module: fx.GraphModule, runs: Sequence[Sequence[Tensor]]) -> lis
     return [environment[result].float() for environment in environments]  # type: ignore[index]
 
 
-def _widen(value: Tensor) -> Tensor:
+def widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in _LOW_PRECISION else value
 
 
-def _float32_arguments(arguments: Any) -> Any:
+def float32_arguments(arguments: Any) -> Any:
     """The same arguments, with float32 where an op is told to make a narrower dtype."""
     return tree_map(lambda x: torch.float32 if isinstance(x, torch.dtype) and x in _LOW_PRECISION else x, arguments)
 
@@ -79,13 +86,13 @@ class Probe:
         return cls(tuple(torch.randint(0, vocab_size, (n,), generator=generator) for n in lengths))
 
     @torch.no_grad()
-    def logits(self, program: Program) -> list[Tensor]:
-        """f32[n, V] for each sequence."""
+    def logits(self, program: Program, replaced: Mapping[str, Tensor] = _NOTHING) -> list[Tensor]:
+        """f32[n, V] for each sequence, computed with the weights `replaced` in place of those of the same name."""
         names = [spec.name for spec in program.inputs]
         if "block_table" in names:
-            return self._paged_logits(program)
+            return self._paged_logits(program, replaced)
         runs = [self._whole_sequence(program, tokens) for tokens in self.sequences]
-        results = run_float32(program.module, runs)
+        results = run_float32(program.module, runs, replaced)
         return [rows.reshape(len(tokens), -1) for rows, tokens in zip(results, self.sequences, strict=True)]
 
     def _whole_sequence(self, program: Program, tokens: Tensor) -> list[Tensor]:
@@ -112,14 +119,14 @@ class Probe:
             for s in specs
         }
 
-    def _paged_logits(self, program: Program) -> list[Tensor]:
+    def _paged_logits(self, program: Program, replaced: Mapping[str, Tensor]) -> list[Tensor]:
         lengths = [len(s) for s in self.sequences]
         table, num_blocks = _block_table(lengths)
         caches = self._caches(program, num_blocks)
         half = [max(1, int(n * 0.4)) for n in lengths]
         spans = [([0] * len(lengths), half), (half, lengths)]
         runs = [self._step_inputs(program, table, caches, start, end) for start, end in spans]
-        chunks = run_float32(program.module, runs)
+        chunks = run_float32(program.module, runs, replaced)
         pieces = [
             rows.reshape(sum(end) - sum(start), -1).split([e - s for s, e in zip(start, end, strict=True)])
             for rows, (start, end) in zip(chunks, spans, strict=True)

@@ -74,7 +74,7 @@ def program(folder: Path) -> Program:
 
 @pytest.fixture(scope="module")
 def samples(loaded: Checkpoint) -> list[Tensor]:
-    return measuring_samples(loaded, None, num_samples=8, sequence_length=64, seed=0)
+    return measuring_samples(loaded, None, num_samples=8, sequence_length=64, seed=0)[:8]
 
 
 def chosen(record: BudgetRecord) -> list[str | None]:
@@ -84,7 +84,7 @@ def chosen(record: BudgetRecord) -> list[str | None]:
 def uniform(program: Program, scheme: str, samples: list[Tensor], calibration: Calibration | None = None) -> float:
     """The divergence of the model with one scheme everywhere."""
     recipe = Recipe(default=scheme, rounding="rtn")
-    return measure_whole(program, quantized(program, recipe, calibration), samples)[0]
+    return measure_whole(program, quantized(program, recipe, calibration), samples).divergence
 
 
 # ------------------------------------------------------------------------------------------------- the choice
@@ -94,7 +94,8 @@ def test_the_whole_is_measured_as_a_model(program: Program, loaded: Checkpoint, 
     """Beside the checkpoint as transformers runs it, with dequantized weights, in float64."""
     recipe = Recipe(default="w4a16-g32", rounding="rtn")
     found = quantized(program, recipe, None)
-    divergence, increase = measure_whole(program, found, samples)
+    measured = measure_whole(program, found, samples)
+    divergence, increase = measured.divergence, measured.ppl_increase
     changed = load_checkpoint(loaded.source).model
     assert found.quantization is not None
     with torch.no_grad():
@@ -116,7 +117,7 @@ def test_the_whole_is_measured_as_a_model(program: Program, loaded: Checkpoint, 
     assert increase == pytest.approx(math.expm1(losses / (tokens - len(samples))), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("bits", [3.5, 4.2, 4.5, 6.0])
+@pytest.mark.parametrize("bits", [3.5, 4.5])
 def test_bits_are_kept_and_used(program: Program, samples: list[Tensor], bits: float) -> None:
     recipe, record = choose_mix(program, INT4, Budget(bits=bits), None, samples)
     assert record.bits_per_weight is not None and 0.97 * bits < record.bits_per_weight <= bits
@@ -126,15 +127,15 @@ def test_bits_are_kept_and_used(program: Program, samples: list[Tensor], bits: f
     for group in record.groups:
         assert {by_name[program.sources[name]] for name in group.weights} == {group.chosen}
     assert record.rounds == 1
-    assert any("w3" in name for group in record.groups for name in group.kl) == (bits < 4.25)
+    assert any("w3" in name for group in record.groups for name in group.kl) == (bits < 4)
 
 
 def test_tighter_limits_take_more_bits(program: Program, samples: list[Tensor]) -> None:
     largest, sizes = uniform(program, "w4a16-g64", samples), []
-    for part in (0.8, 0.2, 0.05):
+    for part in (0.7, 0.1):
         recipe, record = choose_mix(program, INT4, Budget(max_kl=part * largest), None, samples)
         assert record.kl is not None and record.kl <= part * largest
-        assert record.kl == measure_whole(program, quantized(program, recipe, None), samples)[0]
+        assert record.kl == measure_whole(program, quantized(program, recipe, None), samples).divergence
         assert record.bits_per_weight is not None
         sizes.append(record.bits_per_weight)
     assert sizes == sorted(set(sizes)) and sizes[-1] < 8.2, "smaller than 8 bits everywhere"
@@ -257,39 +258,28 @@ def test_a_budget_needs_text_that_is_not_calibrated_on(
 ) -> None:
     output = tmp_path / "out.optc"
     failed(run("compile", checkpoint, "-o", output, "--int4", "--max-kl", 1), 2, "measured on text", "--calibration")
-    short = tmp_path / "short.txt"
-    short.write_text(TEXT * 8, encoding="utf-8")
-    options = ("--calibration", short, "--calibration-length", 64)
-    result = run("compile", checkpoint, "-o", output, "--int4", "--max-kl", 1, *options)
-    failed(result, 2, "short.txt", "all of its", "--calibration-samples")
     assert not output.exists()
-    # What is rounded to nearest needs none of it, so there is all of it to measure on.
-    assert measuring_samples(loaded, short, num_samples=0, sequence_length=64, seed=0)
-
-
-def test_the_way_out_for_too_little_text_works(loaded: Checkpoint, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(TEXT * 8, encoding="utf-8")
-    with pytest.raises(UsageError, match="at most --calibration-samples") as caught:
+    with pytest.raises(UsageError, match=r"short\.txt: all of its \d+ sequences are calibrated on") as caught:
         measuring_samples(loaded, short, num_samples=128, sequence_length=64, seed=0)
-    count = int(str(caught.value).rsplit(maxsplit=1)[1])
+    count = int(str(caught.value).rsplit(maxsplit=1)[1])  # what the message says to ask for works
     assert count > 1 and measuring_samples(loaded, short, num_samples=count, sequence_length=64, seed=0)
+    # What is rounded to nearest needs none of the data, so there is all of it to measure on.
+    assert measuring_samples(loaded, short, num_samples=0, sequence_length=64, seed=0)
 
 
 def test_nothing_is_both_calibrated_and_measured_on(loaded: Checkpoint) -> None:
     arguments: dict[str, Any] = {"num_samples": 8, "sequence_length": 64, "seed": 5}
-    _, calibration, _ = prepare_calibration(replace_rounding(INT4), loaded, None, **arguments)
+    _, calibration, _ = prepare_calibration(Recipe(default="w4a16-g32"), loaded, None, **arguments)
     assert calibration is not None
     measured = {tuple(sample.tolist()) for sample in measuring_samples(loaded, None, **arguments)}
     assert len(calibration.samples) == 8 and measured
-    everything, _ = load_calibration(
-        Path(loaded.source) / "calibration.txt", loaded.tokenizer, num_samples=8 + len(measured), sequence_length=64, seed=5  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert [tuple(s.tolist()) for s in everything.samples[:8]] == [tuple(s.tolist()) for s in calibration.samples]
-
-
-def replace_rounding(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"rounding": None})
+    text = Path(loaded.source) / "calibration.txt"
+    assert loaded.tokenizer is not None
+    drawn, _ = load_calibration(text, loaded.tokenizer, num_samples=1000, sequence_length=64, seed=5)
+    assert all(map(torch.equal, drawn.samples[:8], calibration.samples))
+    assert measured <= {tuple(sample.tolist()) for sample in drawn.samples[8:]}
 
 
 def test_a_recipe_without_weights_has_no_budget(folder: Path, tmp_path: Path) -> None:
@@ -324,7 +314,7 @@ def test_a_quantized_checkpoint_has_no_budget(folder: Path, tmp_path: Path) -> N
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     (copied / "config.json").write_text(json.dumps(config))
     result = run("compile", copied, "-o", tmp_path / "out.optc", "--max-kl", 0.1)
-    failed(result, 2, "already quantized (awq", "unquantized checkpoint")
+    failed(result, 2, "already quantized (AWQ", "unquantized checkpoint")
 
 
 # ------------------------------------------------------------------------------------ schemes the user chose
@@ -332,7 +322,8 @@ def test_a_quantized_checkpoint_has_no_budget(folder: Path, tmp_path: Path) -> N
 
 def test_a_scheme_is_only_checked(program: Program, samples: list[Tensor]) -> None:
     found = quantized(program, Recipe(default="w4a16-g32", rounding="rtn"), None)
-    divergence, increase = measure_whole(program, found, limited(samples, program))
+    measured = measure_whole(program, found, samples)
+    divergence, increase = measured.divergence, measured.ppl_increase
     record = check_budget(program, found, Budget(max_kl=divergence, bits=4.5), samples)
     assert (record.kl, record.ppl_increase, record.bits_per_weight) == (divergence, increase, 4.5)
     assert record.groups == ()
@@ -465,7 +456,7 @@ def test_a_mix_is_better_than_one_scheme_of_its_size() -> None:
     assert record.kl < uniform(program, "w4a16-g32", samples)
     # It is no luck of these samples.
     others = measuring_samples(loaded, None, **(arguments | {"num_samples": 200, "seed": 1}))[:8]
-    mixed = measure_whole(program, quantized(program, recipe, None), others)[0]
+    mixed = measure_whole(program, quantized(program, recipe, None), others).divergence
     assert mixed < uniform(program, "w4a16-g32", others)
 
 

@@ -139,6 +139,8 @@ def read(checkpoint: Path, **options: Any) -> Checkpoint:
     parameters = dict(found.model.named_parameters())
     for name, weight in found.quantized.weights.items():
         value = weight.stored.dequantize().to(found.model.dtype)
+        if parameters[name].dim() == 3:
+            value = value.view_as(parameters[name])
         assert torch.equal(parameters[name], value.t() if parameters[name].shape != value.shape else value)
     return found
 
@@ -416,26 +418,83 @@ def test_the_kv_cache_of_the_checkpoint_and_of_the_user(plain: Tensors, tmp_path
     assert given_weights(quantized, find_target("native"), asked)[1] == []
 
 
-def test_experts_that_the_model_merges_are_expanded_and_said_so(tmp_path: Path) -> None:
-    source = save_model("mixtral", tmp_path / "plain")
+def experts_checkpoint(folder: Path, quantization: dict[str, Any], make: Callable[[int, Tensor], Tensors]) -> Path:
+    """A Mixtral whose projections and experts are what `make` gives for their number and their plain weight."""
+    source = save_model("mixtral", folder / "plain")
     tensors: Tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        module = name.removesuffix(".weight")
         if ".experts." in name or "_proj" in name:
-            codes = random_codes(*tensor.shape, 4, 32, symmetric=True, seed=len(tensors))
-            order = torch.arange(tensor.shape[1]) // 32
-            tensors |= {f"{module}.{leaf}": value for leaf, value in gptq_tensors(codes, 4, order, 1).items()}
+            made = make(len(tensors), tensor)
+            tensors |= {f"{name.removesuffix('.weight')}.{leaf}": value for leaf, value in made.items()}
         else:
             tensors[name] = tensor
+    (folder / "quantized").mkdir()
     config = json.loads((source / "config.json").read_text())
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    checkpoint = tmp_path / "quantized"
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    save_file(tensors, checkpoint / "model.safetensors")
+    (folder / "quantized" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    save_file(tensors, folder / "quantized" / "model.safetensors")
+    return folder / "quantized"
+
+
+def gptq_experts(number: int, tensor: Tensor) -> Tensors:
+    codes = random_codes(*tensor.shape, 4, 32, symmetric=False, seed=number)
+    return gptq_tensors(codes, 4, torch.arange(tensor.shape[1]) // 32, 1)
+
+
+def fp8_experts(number: int, tensor: Tensor) -> Tensors:
+    """In blocks of 32 x 32, which divide every weight."""
+    generator = torch.Generator().manual_seed(number)
+    scale = torch.rand(tensor.shape[0] // 32, tensor.shape[1] // 32, generator=generator) * 0.02 + 0.01
+    return {"weight": torch.randn(tensor.shape, generator=generator).to(FP8), "weight_scale_inv": scale}
+
+
+def fp8_experts_with_one_scale(number: int, tensor: Tensor) -> Tensors:
+    generator = torch.Generator().manual_seed(number)
+    codes = torch.randn(tensor.shape, generator=generator).to(FP8)
+    return {"weight": codes, "weight_scale": torch.rand(1, generator=generator) * 0.02 + 0.01}
+
+
+_FP8_TENSOR = {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}}
+EXPERTS: dict[str, tuple[dict[str, Any], Callable[[int, Tensor], Tensors]]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq_experts),
+    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, fp8_experts),
+    "fp8 with one scale each": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "naive-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], **_FP8_TENSOR}},
+        },
+        fp8_experts_with_one_scale,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_stacked_as_the_model_has_them(case: str, tmp_path: Path) -> None:
+    checkpoint = experts_checkpoint(tmp_path, *EXPERTS[case])
     found = read(checkpoint)
+    assert not any("parts of larger ones" in note for note in found.notes)
+    experts = {name: weight for name, weight in weights_of(found).items() if ".experts." in name}
+    assert len(experts) == 4 and len(weights_of(found)) == 12
+    stored = stored_in(checkpoint, tmp_path / "compiled.optc", verify=False)
+    assert all(same_bits(weight, weights_of(found)[name].stored) for name, (_, weight) in stored.items())
+    assert {name for name, (layer, _) in stored.items() if layer.experts == 4} == set(experts)
+    ids = torch.randint(0, 160, (1, 12), generator=torch.Generator().manual_seed(3))
+    expected = found.model.float()(ids).logits
+    assert (logits(tmp_path / "compiled.optc", ids) - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+def test_experts_that_one_matrix_cannot_hold_are_expanded_and_said_so(tmp_path: Path) -> None:
+    """Each expert has the columns in another order."""
+
+    def make(number: int, tensor: Tensor) -> Tensors:
+        codes = random_codes(*tensor.shape, 4, 32, symmetric=True, seed=number)
+        order = torch.randperm(tensor.shape[1], generator=torch.Generator().manual_seed(number)) // 32
+        return gptq_tensors(codes, 4, order, 1)
+
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    found = read(experts_checkpoint(tmp_path, quantization, make))
     assert all("self_attn" in name for name in weights_of(found)) and weights_of(found)
-    assert any("are parts of larger ones in the model" in note for note in found.notes)
+    assert any("that cannot hold their codes, and stored in its dtype" in note for note in found.notes)
 
 
 # Files that compressed-tensors itself wrote.

@@ -8,9 +8,11 @@ Only values that a later piece needs are kept, past a limit in files that the sy
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...errors import UsageError
 from ...runtime.manifest import CalibrationRecord
 from ...runtime.ops.quantized import quantize_activations
 from ..graph import Program, get_weight
+from ..verify import float32_arguments, widen
+from .gptq import Factors, factor
 
 aten, optc = torch.ops.aten, torch.ops.optc
 
@@ -71,6 +76,26 @@ class Statistics:
     tokens: int
     cross: Tensor | None = None
 
+    @cached_property
+    def factors(self) -> Factors:
+        """Of the Hessian; made once for all weights that have this input."""
+        return factor(self.hessian)
+
+    def together_with(self, other: Statistics) -> Statistics:
+        """Of both inputs as one, x below x."""
+        tokens = self.tokens + other.tokens
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            return (a * self.tokens + b * other.tokens) / tokens
+
+        return Statistics(
+            mean(self.hessian, other.hessian),
+            torch.maximum(self.largest, other.largest),
+            mean(self.mean, other.mean),
+            tokens,
+            mean(self.cross, other.cross) if self.cross is not None and other.cross is not None else None,
+        )
+
 
 class _Collector:
     def __init__(self) -> None:
@@ -105,7 +130,7 @@ def calibrate(
     inputs: Sequence[fx.Node],
     visit: Visit,
     *,
-    with_original: bool = False,
+    with_original: Collection[fx.Node] = (),
     memory_limit: int = 2**30,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> None:
@@ -116,9 +141,12 @@ def calibrate(
         calibration: the samples.
         inputs: nodes whose values [1, T, K] are to be measured.
         visit: called with the node and its statistics; returns weights that later nodes shall use instead, by name.
-        with_original: run the unquantized model beside it, for `Statistics.cross`.
+        with_original: those of the inputs that are compared with the unquantized model's: `Statistics.cross`.
         memory_limit: bytes of activations held in memory; more lie in a temporary file.
         on_progress: called with the fraction of the work that is done.
+
+    Raises:
+        UsageError: an input is not finite, or there is no room for the temporary files.
     """
     samples = calibration.samples
     with Walk(program, samples, inputs, with_original=with_original, memory_limit=memory_limit) as walk:
@@ -133,7 +161,9 @@ class Walk:
         program: a captured program over `input_ids` and `positions` [1, T].
         samples: each i64[n].
         inputs: nodes whose values [1, T, K] are to be measured.
-        with_original: let the samples also go through the program as it is, whatever `replace` says.
+        with_original: those of the inputs that are compared with what they are in the program as it is, whatever
+            `replace` says.
+        float32: compute in float32, whatever the program's dtype.
         memory_limit: bytes of activations held in memory; more lie in a temporary file.
     """
 
@@ -143,17 +173,22 @@ class Walk:
         samples: Sequence[Tensor],
         inputs: Sequence[fx.Node],
         *,
-        with_original: bool = False,
+        with_original: Collection[fx.Node] = (),
+        float32: bool = False,
         memory_limit: int = 2**30,
     ) -> None:
+        self._program = program
         self._pieces, self._rest = _pieces(program, set(inputs))
         self._needed = _needed_later(self._pieces, self._rest)
         self._replaced: dict[str, Tensor] = {}
         self._number = -1  # of the piece that ran last
         self._folder = tempfile.TemporaryDirectory(prefix="optc-")
         budget = _Budget(memory_limit, Path(self._folder.name))
-        self._environments = [_Environment(program, sample, budget) for sample in samples]
-        self._originals = [_Environment(program, sample, budget) for sample in samples if with_original]
+        self._environments = [_Environment(program, sample, budget, float32) for sample in samples]
+        self._compared = set(with_original)
+        ends = [number for number, piece in enumerate(self._pieces) if piece[-1] in self._compared]
+        self._last_compared = max(ends, default=-1)  # the piece that the original goes to
+        self._originals = [_Environment(program, sample, budget, float32) for sample in samples if ends]
 
     def __enter__(self) -> Walk:
         return self
@@ -167,15 +202,31 @@ class Walk:
             self._collector = _Collector()
             for index, environment in enumerate(self._environments):
                 x = environment.run(piece, self._replaced, self._needed[number])
-                original = self._originals[index].run(piece, {}, self._needed[number]) if self._originals else None
-                self._collector.add(x, original)
+                original = None
+                if number <= self._last_compared:
+                    keep = self._needed[number] if number < self._last_compared else set()
+                    original = self._originals[index].run(piece, {}, keep)
+                self._collector.add(x, original if piece[-1] in self._compared else None)
                 on_progress((number + (index + 1) / len(self._environments)) / len(self._pieces))
             self._number = number
             yield piece[-1]
 
     def statistics(self) -> Statistics:
-        """Of the input that `run` gave last."""
-        return self._collector.statistics()
+        """Of the input that `run` gave last.
+
+        Raises:
+            UsageError: it is not finite, or not once squared.
+        """
+        found = self._collector.statistics()
+        if not all(torch.isfinite(of).all() for of in (found.hessian, found.cross) if of is not None):
+            weights = [_weight_behind(user.args[1]) for user in self._pieces[self._number][-1].users if _is_linear(user)]
+            names = ", ".join(self._program.sources.get(name, name) for name in dict.fromkeys(weights))
+            raise UsageError(
+                f"the calibration text makes the inputs of {names} NaN, Inf or too large to square: they cannot be "
+                "measured; check that the model computes numbers in its dtype, or choose a scheme and an --algorithm "
+                "without calibration, such as rtn"
+            )
+        return found
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Let all later nodes use these weights, by name."""
@@ -237,14 +288,34 @@ class _Budget:
     def __init__(self, limit: int, folder: Path) -> None:
         self.limit, self.folder, self.used = limit, folder, 0
 
+    def hold(self, value: Any) -> Any:
+        """The value, without what it is a view of; a tensor past the limit in a file that is gone once it is let go."""
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            return value
+        size = value.numel() * value.element_size()
+        if self.used + size <= self.limit:
+            self.used += size
+            return value.clone() if value._base is not None else value
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".bin") as file:
+                # Room is taken first: a write to a mapped file on a full disk ends the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder.parent} has no room for {size} bytes of activations: {error.strerror}; set TMPDIR to a folder "
+                "on a larger disk, or calibrate on fewer samples"
+            ) from None
+        return mapped.view(value.shape).copy_(value)
+
 
 class _Environment:
     """One sample's values."""
 
-    def __init__(self, program: Program, tokens: Tensor, budget: _Budget) -> None:
+    def __init__(self, program: Program, tokens: Tensor, budget: _Budget, float32: bool) -> None:
         given = {"input_ids": tokens[None], "positions": torch.arange(len(tokens))[None]}
         self._inputs = [given[spec.name] for spec in program.inputs]
-        self._module, self._budget = program.module, budget
+        self._module, self._budget, self._float32 = program.module, budget, float32
         self._values: dict[fx.Node, Any] = {}
         self._held: dict[fx.Node, int] = {}
 
@@ -284,11 +355,13 @@ class _Environment:
             used: replaced[name] if name in replaced else get_weight(self._module, name)
             for used, name in weights.items()
         }
+        if self._float32:
+            known = {used: widen(value) for used, value in known.items()}
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), (self._values | known).__getitem__)
-        args, kwargs = arguments
+        args, kwargs = float32_arguments(arguments) if self._float32 else arguments
         if node.target is optc.attention.default:
             return _attention(*args)
-        if node.target in (aten.linear.default, optc.grouped_mm.default):
+        if _is_linear(node):
             activation = activations.get(_weight_behind(node.args[1]), "none")
             if activation != "none":
                 args = (quantize_activations(args[0], activation, None).to(args[0].dtype), *args[1:])
@@ -299,20 +372,18 @@ class _Environment:
         self._budget.used -= self._held.pop(node, 0)
 
     def _hold(self, node: fx.Node) -> None:
-        """Account for a value that stays; past the limit, move it into a file."""
+        """Account for a value that stays, one tensor or several; past the limit, move it into a file."""
         value, budget = self._values[node], self._budget
-        if not isinstance(value, Tensor) or value.numel() == 0:
-            return
-        size = value.numel() * value.element_size()
-        if budget.used + size <= budget.limit:
-            self._values[node] = value.clone() if value._base is not None else value
-            budget.used += size
-            self._held[node] = size
-            return
-        with tempfile.NamedTemporaryFile(dir=budget.folder, suffix=".bin") as file:
-            mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
-            self._values[node] = mapped.view(value.shape).copy_(value)
-            self._held[node] = 0
+        before = budget.used
+        if isinstance(value, tuple | list):
+            self._values[node] = type(value)(budget.hold(part) for part in value)
+        else:
+            self._values[node] = budget.hold(value)
+        self._held[node] = budget.used - before
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.target in (aten.linear.default, optc.grouped_mm.default)
 
 
 def _weight_behind(node: Any) -> str:

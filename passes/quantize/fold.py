@@ -21,6 +21,7 @@ from ..base import Result
 from ..graph import Program, arguments, get_weight, set_weight, value_of
 from .calibrate import Calibration, Statistics, calibrate
 from .channels import CASTS, Trace
+from .quantize import check_finite
 from .recipe import Assignment, Recipe, assign
 from .roles import find_candidates
 
@@ -143,6 +144,8 @@ def fold_calibrated(
             result.decline(site.linears[0], f"its input comes from {site.producer.node.name}, which is no norm")
         else:
             by_input[site.input] = site
+    for weight in dict.fromkeys(name for site in by_input.values() for name in site.names):
+        check_finite(names[weight], get_weight(program.module, weight))
     factors: dict[fx.Node, Tensor] = {}
 
     def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:

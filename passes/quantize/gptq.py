@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ...runtime.ops.quantized import FP8, QuantizedWeight
+from ...runtime.ops.quantized import QuantizedWeight
 from ...runtime.scheme import QuantizationArgs
 from .rtn import nearest_codes, rtn, spread
 
 _COLUMNS_AT_ONCE = 128
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A Hessian and what GPTQ needs of it, each f32[K, K]; the same for all weights that have these inputs.
+
+    Attributes:
+        hessian: H = mean of x^T x over inputs x [tokens, K].
+        damped: H with more on its diagonal.
+        order: i64[K], in which diag(H) falls. Rows and columns of the factors are in it.
+        lower: L, lower triangular, with L L^T = damped.
+        inverse: U, upper triangular, with U^T U = damped^-1.
+    """
+
+    hessian: Tensor = field(repr=False)
+    damped: Tensor = field(repr=False)
+    order: Tensor = field(repr=False)
+    lower: Tensor = field(repr=False)
+    inverse: Tensor = field(repr=False)
+
+
+def factor(hessian: Tensor, *, damping: float = 0.01) -> Factors:
+    """Factor H + damping, f32[K, K] and finite.
+
+    `damping` is what is added to diag(H), in means of diag(H); it is doubled until H + damping can be factored.
+    """
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    unit = torch.where(diagonal.mean() > 0, diagonal.mean(), torch.ones(()))
+    while True:
+        damped = hessian + torch.diag((damping * unit).expand_as(diagonal))
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return Factors(hessian, damped, order, lower, inverse)
+        damping = max(2 * damping, 1e-4)
+        assert damping < 1e4, "a finite H with this damping is dominated by its diagonal"
+
+
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    args: QuantizationArgs,
-    scale_dtype: torch.dtype,
-    *,
-    damping: float = 0.01,
-    rounds: int = 3,
+    weight: Tensor, factors: Factors, args: QuantizationArgs, scale_dtype: torch.dtype, *, rounds: int = 3
 ) -> QuantizedWeight:
     """Codes that keep the products with the measured inputs: Q = dequantized with least tr((Q - W) H (Q - W)^T).
 
@@ -34,24 +66,23 @@ def gptq(
 
     Args:
         weight: f32[N, K], finite.
-        hessian: H = mean of x^T x over inputs x [tokens, K], f32[K, K], finite.
-        args: of the weight. A scale that several rows share is not refined.
+        factors: of H.
+        args: integer codes, with scales of rows or of groups in them.
         scale_dtype: what scales are stored in.
-        damping: what is added to diag(H), in means of diag(H); doubled until H + damping can be factored.
         rounds: of coordinate descent; with none, this is plain GPTQ.
     """
-    nearest = rtn(weight, args, scale_dtype, importance=hessian.diagonal())
-    damped, factor, order = _factor(hessian, damping)
+    rows, group = args.block(*weight.shape)
+    assert args.type == "int" and rows == 1
+    nearest = rtn(weight, args, scale_dtype, importance=factors.hessian.diagonal())
     state = _Columns.of(nearest, weight)
-    _compensate(state, factor, order)
+    _compensate(state, factors.inverse, factors.order)
     for _ in range(rounds):
-        _descend(state, damped)
-        if args.block(*weight.shape)[0] == 1:
-            _refit(state, damped, args.block(*weight.shape)[1])
-    return _better_rows(state.quantized(nearest), nearest, weight, hessian)
+        _descend(state, factors.damped)
+        _refit(state, factors.damped, group)
+    return _better_rows(state.quantized(nearest), nearest, weight, factors.hessian)
 
 
-def make_good(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float = 0.01) -> Tensor:
+def make_good(weight: Tensor, factors: Factors, cross: Tensor) -> Tensor:
     """The weight that makes good what the layers before it lost: f32[N, K].
 
     With x the inputs in the quantized model and x' the same in the original one, the result V has the least mean square
@@ -62,13 +93,12 @@ def make_good(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float 
 
     Args:
         weight: W, f32[N, K].
-        hessian: H, mean of x^T x, f32[K, K].
+        factors: of H, mean of x^T x.
         cross: mean of x^T x', f32[K, K].
-        damping: what is added to diag(H), in means of diag(H); doubled until H + damping can be factored.
     """
-    damped, _, _ = _factor(hessian, damping)
-    correction: Tensor = torch.linalg.solve(damped, (cross - hessian) @ weight.t())
-    return weight + correction.t()
+    wanted = ((cross - factors.hessian) @ weight.t())[factors.order]
+    correction: Tensor = torch.cholesky_solve(wanted, factors.lower)
+    return weight + correction[factors.order.argsort()].t()
 
 
 @dataclass
@@ -111,38 +141,22 @@ class _Columns:
         return (self.codes - self.zero) * self.scale - self.weight
 
     def quantized(self, start: QuantizedWeight) -> QuantizedWeight:
-        rows, columns = start.block
-        codes = self.codes.t().to(FP8 if self.args.type == "float" else torch.int8).contiguous()
-        return replace(start, codes=codes, scale=self.scale.t()[::rows, ::columns].to(self.scale_dtype).contiguous())
+        codes = self.codes.t().to(torch.int8).contiguous()
+        scale = self.scale[:: start.block[1]].t().to(self.scale_dtype).contiguous()
+        return replace(start, codes=codes, scale=scale)
 
 
-def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """H + damping; U, upper triangular, with U^T U its inverse, rows and columns in the order; the order: i64[K]."""
-    diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    unit = torch.where(diagonal.mean() > 0, diagonal.mean(), torch.ones(()))
-    while True:
-        damped = hessian + torch.diag((damping * unit).expand_as(diagonal))
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return damped, factor, order
-        damping = max(2 * damping, 1e-4)
-        assert damping < 1e4, "a finite H with this damping is dominated by its diagonal"
-
-
-def _compensate(state: _Columns, factor: Tensor, order: Tensor) -> None:
+def _compensate(state: _Columns, inverse: Tensor, order: Tensor) -> None:
     """GPTQ: round the columns in this order and let those after each take up its error."""
     weight = state.weight[order]
     for start in range(0, len(weight), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(weight))
-        block, inner = weight[start:end], factor[start:end, start:end]
+        block, inner = weight[start:end], inverse[start:end, start:end]
         errors = torch.empty_like(block)
         for i, column in enumerate(order[start:end].tolist()):
             errors[i] = (block[i] - state.round(column, block[i])) / inner[i, i]
             block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
-        weight[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        weight[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
 
 
 def _descend(state: _Columns, hessian: Tensor) -> None:
@@ -173,14 +187,12 @@ def _refit(state: _Columns, hessian: Tensor, group: int) -> None:
 
 
 def _better_rows(found: QuantizedWeight, nearest: QuantizedWeight, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
-    """Each row from where its loss is smaller. Rows that share a scale both have the same scale."""
+    """Each row from where its loss is smaller."""
 
     def loss(quantized: QuantizedWeight) -> Tensor:
         error = quantized.dequantize() - weight
         return (error @ hessian * error).sum(dim=1)
 
     better = (loss(found) <= loss(nearest))[:, None]
-    codes = torch.where(better, found.codes.float(), nearest.codes.float()).to(found.codes.dtype)
-    if len(found.scale) != len(codes):
-        return replace(found, codes=codes)
+    codes = torch.where(better, found.codes, nearest.codes)
     return replace(found, codes=codes, scale=torch.where(better, found.scale, nearest.scale))

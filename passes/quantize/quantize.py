@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,9 +22,10 @@ from .gptq import gptq, make_good
 from .hqq import hqq
 from .recipe import Assignment, Recipe, activation_args, assign
 from .roles import Candidate, find_candidates
-from .rtn import rtn
+from .rtn import largest_of_blocks, rtn
 
 optc = torch.ops.optc
+_WEIGHTS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,18 @@ class Quantize(Pass):
 
     The recipe says which weights get which scheme, and how codes are chosen; weights that the checkpoint already has as
     codes keep them, to the bit. A weight that several nodes use is stored once. Records what it did in
-    `program.quantization`.
+    `program.quantization`. Lossy: the new graph must compute what the old one does with the weights that the codes mean;
+    how good those are `optc eval` says.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    changes_weights: ClassVar[bool] = True
 
     recipe: Recipe
     calibration: Calibration | None = None
     given: Mapping[str, GivenWeight] = field(default_factory=dict, repr=False)
     on_progress: Callable[[float], None] = field(default=lambda fraction: None, repr=False)
-
-    @property
-    def tolerance(self) -> float:  # type: ignore[override]
-        """A lossy rewrite: the check finds what is broken, `optc eval` says how good it is."""
-        return 4.0
 
     def config(self) -> dict[str, Any]:
         record = self.calibration.record() if self.calibration else None
@@ -74,10 +72,11 @@ class Quantize(Pass):
                 result.decline((*candidate.linears, *candidate.embeddings)[0], f"{candidate.role}: full precision")
         work = _Work(program, assignments, given)
         for candidate in chosen:
-            _check_finite(names[candidate.name], get_weight(program.module, candidate.name))
+            check_finite(names[candidate.name], get_weight(program.module, candidate.name))
         if self.calibration is not None:
             work.calibrated(chosen, self.calibration, self.on_progress)
         work.rest(chosen)
+        result.meant = _Meant({candidate.name: (candidate, work.stored[candidate.name]) for candidate in chosen})
         layers = tuple(_rewrite(program, candidate, work, names[candidate.name]) for candidate in chosen)
         schemes = {assignment.scheme_name: assignment.scheme for assignment in assignments.values()}
         weights = sum(math.prod(layer.shape) for layer in layers)
@@ -92,13 +91,33 @@ class Quantize(Pass):
         return result
 
 
+class _Meant(Mapping[str, Tensor]):
+    """The weights as their codes mean them, f32 in the layout of the float program; each is computed when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, tuple[Candidate, StoredWeight]]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        candidate, stored = self.stored[name]
+        return candidate.from_matrix(stored.dequantize())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
 class _Work:
     """The codes chosen so far."""
 
     def __init__(
         self, program: Program, assignments: Mapping[str, Assignment], given: Mapping[str, GivenWeight]
     ) -> None:
-        self.program, self.assignments = program, assignments
+        self.program, self.assignments = program, dict(assignments)
         self.stored: dict[str, StoredWeight] = {name: weight.stored for name, weight in given.items()}
         self.input_scales: dict[str, Tensor] = {
             name: weight.input_scale for name, weight in given.items() if weight.input_scale is not None
@@ -108,25 +127,39 @@ class _Work:
     def calibrated(
         self, chosen: list[Candidate], calibration: Calibration, on_progress: Callable[[float], None]
     ) -> None:
-        """Choose the codes of linear layers one input after the other, each with those before it quantized."""
-        by_name = {candidate.name: candidate for candidate in chosen}
-        by_input: dict[fx.Node, list[str]] = {}
-        seen: set[str] = set(self.stored)
+        """Choose the codes of linear layers one input after the other, each with those before it quantized.
+
+        Those of a weight that has several inputs are chosen at the last, for all of them together; until then the samples
+        see it as it is.
+        """
+        waiting = {candidate.name: 0 for candidate in chosen if candidate.name not in self.stored}
+        by_input: dict[fx.Node, list[Candidate]] = {}
         for candidate in chosen:
-            for linear in candidate.linears:
-                if candidate.name not in seen and candidate.role != "lm_head":
-                    by_input.setdefault(linear.all_input_nodes[0], []).append(candidate.name)
-                    seen.add(candidate.name)
+            if candidate.name in waiting:
+                inputs = dict.fromkeys(linear.all_input_nodes[0] for linear in candidate.linears)
+                waiting[candidate.name] = len(inputs)
+                for x in inputs:
+                    by_input.setdefault(x, []).append(candidate)
+        seen: dict[str, Statistics] = {}
 
         def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:
-            if not torch.isfinite(statistics.hessian).all():
-                raise UsageError(
-                    f"the calibration text makes the inputs of {', '.join(by_input[x])} NaN, Inf or too large to square: "
-                    "they cannot be measured; check that the model computes numbers in its dtype, or use --algorithm rtn"
-                )
-            return {name: self.choose(by_name[name], statistics) for name in by_input[x]}
+            replaced = {}
+            for candidate in by_input[x]:
+                name = candidate.name
+                before = seen.pop(name, None)
+                found = statistics if before is None else before.together_with(statistics)
+                waiting[name] -= 1
+                if waiting[name]:
+                    seen[name] = found
+                else:
+                    replaced[name] = self.choose(candidate, found)
+            return replaced
 
-        with_original = any(assignment.rounding == "gptq" for assignment in self.assignments.values())
+        with_original = [
+            x
+            for x, found in by_input.items()
+            if any(self.assignments[c.name].rounding == "gptq" and c.experts is None for c in found)
+        ]
         calibrate(
             self.program, calibration, list(by_input), visit, with_original=with_original, on_progress=on_progress
         )
@@ -144,6 +177,8 @@ class _Work:
         cannot be compared with those of the unquantized one.
         """
         name = candidate.name
+        if statistics is None and self.assignments[name].rounding == "gptq":
+            self.assignments[name] = replace(self.assignments[name], rounding="rtn")  # what is done is what is recorded
         assignment, original = self.assignments[name], get_weight(self.program.module, name).detach()
         weight = candidate.as_matrix(original).float()
         if statistics is not None and candidate.experts is not None:
@@ -156,7 +191,7 @@ class _Work:
         norm = weight.square().mean().sqrt().item()
         self.errors[name] = (dequantized - weight).square().mean().sqrt().item() / norm if norm else 0.0
         activation = assignment.scheme.activation
-        if activation.endswith("static"):
+        if activation.endswith("static") and candidate.linears:
             assert statistics is not None
             largest = 127.0 if activation.startswith("int8") else FP8_MAX
             self.input_scales[name] = (statistics.largest.max() / largest).clamp_min(1e-12).reshape(1)
@@ -166,26 +201,53 @@ class _Work:
 def round_weight(
     weight: Tensor, assignment: Assignment, dtype: torch.dtype, statistics: Statistics | None
 ) -> QuantizedWeight:
-    """Weight f32[N, K] as codes, chosen as the assignment says; GPTQ without statistics rounds to nearest."""
+    """Weight f32[N, K] as codes, chosen as the assignment says, some rows at a time: the work takes 40 bytes a weight."""
+    rows, _ = assignment.scheme.weights.block(*weight.shape)
+    at_once = max(1, _WEIGHTS_AT_ONCE // (rows * weight.shape[1])) * rows
+    parts = [_round_rows(part, assignment, dtype, statistics) for part in weight.split(at_once)]
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
+    )
+
+
+def _round_rows(
+    weight: Tensor, assignment: Assignment, dtype: torch.dtype, statistics: Statistics | None
+) -> QuantizedWeight:
     args = assignment.scheme.weights
     if assignment.rounding == "hqq":
         return hqq(weight, args, dtype)
-    if assignment.rounding == "gptq" and statistics is not None:
-        hessian, cross = statistics.hessian, statistics.cross
-        return gptq(weight if cross is None else make_good(weight, hessian, cross), hessian, args, dtype)
+    if assignment.rounding == "gptq":
+        assert statistics is not None
+        cross = statistics.cross
+        better = weight if cross is None else make_good(weight, statistics.factors, cross)
+        return gptq(better, statistics.factors, args, dtype)
     importance = statistics.hessian.diagonal() if statistics is not None else None
     return rtn(weight, args, dtype, mse=assignment.rounding != "rtn-minmax", importance=importance)
 
 
 def scale_dtype(model_dtype: torch.dtype, weight: Tensor, args: QuantizationArgs) -> torch.dtype:
-    """Scales are stored in 16 bits: in the weight's dtype, float16 for a float32 model; float32 where that has no room."""
+    """Scales are stored in 16 bits, bfloat16 as the model or else float16; in float32 if any is outside float16's range.
+
+    Below its smallest normal number float16 has fewer and fewer bits, so that rows or groups of small weights would lose
+    theirs.
+    """
     if model_dtype == torch.bfloat16:
         return torch.bfloat16
-    smallest = weight.abs().amax() / 2**args.num_bits
-    return torch.float16 if smallest * 1e3 > 1e-4 and weight.abs().amax() < 6e4 else torch.float32
+    steps = FP8_MAX if args.type == "float" else 2 ** (args.num_bits - 1)
+    scales = largest_of_blocks(weight, args) / steps
+    limits = torch.finfo(torch.float16)
+    fits = (scales == 0) | ((scales >= limits.smallest_normal) & (scales * steps < limits.max))
+    return torch.float16 if fits.all() else torch.float32
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises UsageError: the weight holds NaN or Inf."""
     if not torch.isfinite(weight).all():
         kind = "NaN" if torch.isnan(weight).any() else "Inf"
         raise UsageError(f"{name} holds {kind}: it cannot be quantized; the checkpoint is damaged, download it again")

@@ -100,7 +100,7 @@ def _use_of(node: fx.Node) -> _Use | None:
     assert isinstance(weight, fx.Node)
     if node.target is _EXPERTS and weight.target in _TRANSPOSES:
         order = torch.empty(1, 2, 3, device="meta")
-        turned = weight.target(order, *weight.args[1:], **weight.kwargs)  # type: ignore[operator]
+        turned = weight.target(order, *weight.args[1:], **weight.kwargs)
         if turned.stride() == order.mT.stride():
             return _Use(node, weight.all_input_nodes[0], is_turned=True)
     return _Use(node, weight)

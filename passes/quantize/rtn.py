@@ -72,6 +72,11 @@ def _blocks(weight: Tensor, args: QuantizationArgs) -> Tensor:
     return blocks
 
 
+def largest_of_blocks(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """The largest magnitude of the weights that share a scale: f32[ceil(N / rows), ceil(K / columns)]."""
+    return _blocks(weight, args).abs().amax(dim=-1)
+
+
 def _search(
     blocks: Tensor, args: QuantizationArgs, dtype: torch.dtype, importance: Tensor | None, grid: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -127,9 +132,12 @@ def _from_range(
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype it is stored in; 1 where the block is all zeros or its scale would vanish."""
-    stored = scale.to(dtype)
-    return torch.where((stored.float() == 0) | ~torch.isfinite(stored.float()), torch.ones_like(stored), stored)
+    """In the dtype it is stored in; the smallest that this has where it would vanish, and 1 where the block is all zeros."""
+    limits = torch.finfo(dtype)
+    smallest = torch.full_like(scale, limits.smallest_normal * limits.eps)
+    rounded = scale.to(dtype).float()
+    stored = torch.where((rounded == 0) & (scale != 0), smallest.copysign(scale), rounded)
+    return torch.where((stored == 0) | ~torch.isfinite(stored), 1.0, stored).to(dtype)
 
 
 def _loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from .calibrate import Statistics, Walk
 from .mix import Option
 from .recipe import KEEP, Assignment
 from .roles import Candidate
+
+_ROWS = 128  # of logits at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def measure_sensitivity(
         on_progress: called with the fraction that is done.
     """
     found: dict[fx.Node, list[Option]] = {}
-    with Walk(program, samples, [group.input for group in groups]) as walk:
+    with Walk(program, samples, [group.input for group in groups], float32=True) as walk:
         reference: list[Tensor] = []
         by_input = {group.input: group for group in groups}
         for node in walk.run():
@@ -113,10 +116,14 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def mean_divergence(reference: Sequence[Tensor], outputs: Iterator[Tensor]) -> float:
-    """Mean KL divergence in nats a token of the outputs' logits [1, T, V] from log-probabilities f32[T, V]."""
+    """Mean KL divergence in nats a token of the outputs' logits [1, T, V] from log-probabilities f32[T, V].
+
+    Infinite where it is no number, so that nothing keeps a budget by breaking.
+    """
     total, tokens = 0.0, 0
     for expected, output in zip(reference, outputs, strict=True):
-        difference = expected - log_probabilities(output)
-        total += float((expected.exp() * difference).sum())
+        for rows, logits in zip(expected.split(_ROWS), output[0].split(_ROWS), strict=True):
+            total += float((rows.exp() * (rows - torch.log_softmax(logits.float(), dim=-1))).sum())
         tokens += expected.shape[0]
-    return max(total / tokens, 0.0)
+    mean = total / tokens
+    return max(mean, 0.0) if math.isfinite(mean) else math.inf

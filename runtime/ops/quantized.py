@@ -29,6 +29,7 @@ from .attention import LIBRARY
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CODES_AT_ONCE = 2**22  # that are packed or unpacked: the work takes 25 bytes each
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ def _unpacked_zero(zero: Tensor | None, bits: int, row_blocks: int) -> Tensor | 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes int8[R, C] in [-2^(bits-1), 2^(bits-1)) -> int32[R, ceil(C * bits / 32)], low bits first, dense."""
+    at_once = max(1, _CODES_AT_ONCE // max(1, codes.shape[1]))
+    return torch.cat([_pack_rows(part, bits) for part in codes.split(at_once)])
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
     values = codes.to(torch.int64) + 2 ** (bits - 1)
@@ -152,6 +158,11 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_bits`: int32[R, W] -> int8[R, columns]."""
+    at_once = max(1, _CODES_AT_ONCE // max(1, columns))
+    return torch.cat([_unpack_rows(part, bits, columns) for part in packed.split(at_once)])
+
+
+def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
         narrow: Tensor = (packed[:, :, None] >> shifts) & (2**bits - 1)

@@ -116,7 +116,7 @@ def test_the_original_goes_beside(canonical: Program, model: torch.nn.Module, sa
     first = next(iter(inputs.values()))[0]
     halved = get_weight(canonical.module, first) / 2
     seen = seen_by_modules(model, samples)[0]
-    with Walk(canonical, samples, list(inputs), with_original=True) as walk:
+    with Walk(canonical, samples, list(inputs), with_original=list(inputs)) as walk:
         nodes = walk.run()
         next(nodes)
         unchanged = walk.statistics()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
-from optc.errors import UsageError
+from optc.errors import UsageError, VerificationError
 from optc.passes.base import run_passes
 from optc.passes.graph import Program, call, get_weight
+from optc.passes.quantize import quantize as module
 from optc.passes.quantize.calibrate import Calibration
 from optc.passes.quantize.quantize import Quantize
 from optc.passes.quantize.recipe import Recipe, Rule
+from optc.passes.verify import Probe
 from optc.runtime.manifest import PassRecord, QuantizedLayer
 from optc.runtime.ops.quantized import StoredWeight
 
@@ -159,6 +162,49 @@ def test_the_program_computes_what_the_stored_weights_mean(scheme: str, program:
         for name, value in names.items():
             get_weight(plain.module, name).copy_(value)
     torch.testing.assert_close(found, logits(plain), rtol=1e-5, atol=1e-5)
+
+
+PROBE = Probe.random(V, 64)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_check_holds_the_program_against_what_the_codes_mean(scheme: str, program: Program) -> None:
+    """However far that is from the weights before, which is what the record says."""
+    recipe = Recipe(default=scheme, rounding="rtn", adapt=True, rules=(Rule(role="embedding", scheme=scheme),))
+    recipe = recipe.model_copy(update={"rules": (*recipe.rules, Rule(role="lm_head", scheme=scheme))})
+    (record,) = run_passes(program, [Quantize(recipe=recipe)], facts={"canonical"}, probe=PROBE)
+    assert record.max_error is not None and record.max_error > 1e-3
+
+
+@pytest.mark.parametrize("name", ["table", "up", "down"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: {"weight": stored.weight.flip(0)},
+        lambda stored: {"weight": stored.weight.roll(1, 1)},
+        lambda stored: {"scale": stored.scale * 1.01},
+        lambda stored: {"scale": stored.scale * float("nan")},
+        lambda stored: {"zero": stored.zero.flip(0)},
+        lambda stored: {"group_index": torch.arange(stored.shape[1], dtype=torch.int32) % stored.scale.shape[1]},
+    ],
+    ids=["rows", "columns", "scale", "nan", "zero", "groups"],
+)
+def test_the_check_finds_a_program_that_means_other_weights(
+    damage: Callable[[StoredWeight], dict[str, Tensor]], name: str, program_of: Callable[..., Program], monkeypatch: Any
+) -> None:
+    rewrite = module._rewrite
+
+    def damaged(program: Program, candidate: Any, work: Any, source: str) -> QuantizedLayer:
+        if candidate.name == name:
+            work.stored[name] = replace(work.stored[name], **damage(work.stored[name]))
+        return rewrite(program, candidate, work, source)
+
+    monkeypatch.setattr(module, "_rewrite", damaged)
+    program = program_of(two_layers, weights(table=(V, K), up=(K, K), bias=(K,), down=(K, K)))
+    rules = tuple(Rule(role=role, scheme="w4a16-g32-asym") for role in ("embedding", "lm_head"))  # type: ignore[arg-type]
+    recipe = Recipe(default="w4a16-g32-asym", rounding="rtn", rules=rules)
+    with pytest.raises(VerificationError, match="quantize changed the logits"):
+        run_passes(program, [Quantize(recipe=recipe)], facts={"canonical"}, probe=PROBE)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -232,7 +232,7 @@ def test_experts_whose_weights_are_used_otherwise_are_declined(program_of: Calla
         x = call(g, optc.grouped_mm.default, x, viewed, call(g, aten.full.default, [3], 5, dtype=torch.int32))
         return linear(g, call(g, aten.add.Tensor, x, call(g, aten.amax.default, viewed)), w["head"])
 
-    cube = {name: (3, 16, 16) for name in ("computed", "both_ways", "summed", "viewed")}
+    cube = dict.fromkeys(("computed", "both_ways", "summed", "viewed"), (3, 16, 16))
     program = program_of(build, weights(table=(50, 16), **cube, other_order=(16, 3, 16), head=(50, 16)))
     candidates, declined = find_candidates(program)
     assert [candidate.name for candidate in candidates] == ["table", "head"]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from optc.optimizer.budget import _groups, _round
+from optc.optimizer.budget import _groups, _round, with_rules
 from optc.passes.graph import Program
 from optc.passes.quantize.calibrate import Statistics
-from optc.passes.quantize.recipe import KEEP, Assignment, Recipe, Rule
+from optc.passes.quantize.mix import Mix, Option
+from optc.passes.quantize.recipe import KEEP, Assignment, Recipe, Rule, assign
 from optc.passes.quantize.roles import find_candidates
 from optc.passes.quantize.rtn import rtn
 from optc.passes.quantize.sensitivity import Group, measure_sensitivity, tied_groups
@@ -150,15 +151,22 @@ def test_groups_of_several_roles_remember_each(program_of: Any) -> None:
         out = graph.call_function(torch.ops.optc.attention.default, (q, q, q, 0.5, 0, 0.0, None, 0))
         out = graph.call_function(aten.reshape.default, (out, [1, -1, 16]))
         mlp = linear(graph.call_function(aten.relu.default, (linear(x, "up"),)), "down")
-        return linear(graph.call_function(aten.add.Tensor, (out, mlp)), "head")
+        added = graph.call_function(aten.add.Tensor, (x, graph.call_function(aten.add.Tensor, (out, mlp))))
+        return linear(added, "head")
 
     shapes = {"table": (50, 16), "q_proj": (16, 16), "up": (24, 16), "down": (16, 24), "head": (50, 16)}
     program = program_of(build, {name: torch.randn(shape) for name, shape in shapes.items()})
-    groups = _groups(program, Recipe(default="w4a16-channel"))
+    recipe = Recipe(default="w4a16-channel")
+    groups = _groups(program, recipe)
     assert [(group.weights, group.roles) for group in groups] == [
         (("q_proj", "up"), ("attention", "mlp")),
         (("down",), ("mlp",)),
     ]
+    mix = Mix((Option("w8a16", 0, 0.0), Option("w4a16-channel", 0, 0.0)))
+    candidates = find_candidates(program)[0]
+    assigned = assign(with_rules(recipe, program, groups, mix), candidates, {c.name: c.name for c in candidates})
+    found = {name: assignment.scheme_name for name, assignment in assigned.items()}
+    assert found == {"q_proj": "w8a16", "up": "w8a16", "down": "w4a16-channel"}
 
 
 def test_the_bytes_are_those_stored(canonical: Program, samples: tuple[Tensor, ...]) -> None:
