@@ -62,13 +62,12 @@ WINDOW = 1024
 
 # Scheme, algorithm; the least first that a scheme has.
 WEIGHTS = [
-    *(("w4a16-g128", algorithm) for algorithm in ("rtn-minmax", "rtn", "hqq", "awq+rtn", "gptq", "awq+gptq")),
-    *(("w4a16-g32", algorithm) for algorithm in ("rtn", "hqq", "gptq", "awq+gptq")),
-    *(("w4a16-g64-asym", algorithm) for algorithm in ("rtn", "gptq")),
-    *(("w4a16-g64", algorithm) for algorithm in ("gptq",)),
-    *(("w3a16-g128", algorithm) for algorithm in ("rtn-minmax", "rtn", "hqq", "awq+rtn", "gptq", "awq+gptq")),
-    *(("w3a16-g64", algorithm) for algorithm in ("gptq",)),
-    *(("w3a16-g32", algorithm) for algorithm in ("rtn", "gptq")),
+    *(("w4a16-g128", algorithm) for algorithm in ("rtn-minmax", "rtn", "awq+rtn", "gptq", "awq+gptq")),
+    *(("w4a16-g64-asym", algorithm) for algorithm in ("rtn", "hqq", "gptq")),
+    *(("w4a16-g32", algorithm) for algorithm in ("rtn", "gptq")),
+    *(("w3a16-g128", algorithm) for algorithm in ("rtn-minmax", "rtn", "awq+rtn", "gptq")),
+    *(("w3a16-g64-asym", algorithm) for algorithm in ("rtn", "hqq", "gptq")),
+    ("w3a16-g32", "gptq"),
     *(("w8a16", algorithm) for algorithm in ("rtn", "gptq")),
     *(("w8a16-g32", algorithm) for algorithm in ("rtn", "gptq")),
 ]
