@@ -63,11 +63,14 @@ def main(debug: bool) -> None:
     Examples:
       optc compile ./my-llama -o my.optc
       optc compile Qwen/Qwen3-8B --target h100 --fp8
+      optc compile ./my-llama --int4 --calibration texts/ --eval heldout.txt
+      optc eval my.optc --text heldout.txt --against ./my-llama
       optc run my.optc -p "def main("
       optc eval my.optc --text heldout.txt --against ./my-llama
       optc inspect my.optc
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate (the numeric check of a pass) was not met.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate (an accuracy budget, or the numeric check of a
+    pass) was not met.
     """
 
 

@@ -52,6 +52,9 @@ class Budget:
     bits: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"{name}={value!r}: expected a number")
         if self.max_kl is not None and not 0 < self.max_kl < math.inf:
             raise UsageError(f"--max-kl {self.max_kl:g}: expected a number above 0")
         if self.max_ppl_increase is not None and not 0 < self.max_ppl_increase < math.inf:
@@ -90,7 +93,7 @@ class Measured:
         return math.expm1(min(self.log_ppl, 100.0))
 
     def __str__(self) -> str:
-        return f"a mean KL divergence of {self.divergence:.5f} nats and {100 * self.ppl_increase:+.2f}% perplexity"
+        return f"a mean KL divergence of {self.divergence:.3g} nats and {100 * self.ppl_increase:+.3g}% perplexity"
 
 
 @dataclass(frozen=True)
@@ -272,8 +275,9 @@ def check_budget(original: Program, found: Program, budget: Budget, samples: Seq
     """
     measured, bits = measure_whole(original, found, samples), _bits(original, found)
     if not budget.keeps(measured) or (budget.bits is not None and bits > budget.bits):
+        wanted = "more" if not budget.keeps(measured) else "fewer"
         raise BudgetError(
-            f"the budget ({budget}) is not kept: {measured} at {bits:.3f} bits a weight; choose a scheme of more bits, or "
+            f"the budget ({budget}) is not kept: {measured} at {bits:.3f} bits a weight; choose a scheme of {wanted} bits, or "
             "--int4 for the best mix",
             details=_measured_lines(budget, measured, bits),
         )
@@ -369,7 +373,7 @@ def _refusal(record: BudgetRecord, budget: Budget, options: Sequence[Sequence[Op
         return f"--bits {budget.bits:g}: the smallest mix has {smallest:.3f} bits a weight; ask for at least that"
     return (
         f"the budget ({budget}) cannot be kept: the best mix of {record.rounds} tried has a mean KL divergence of "
-        f"{record.kl:.5f} nats and {100 * record.ppl_increase:+.2f}% perplexity at {record.bits_per_weight:.3f} bits a "
+        f"{record.kl:.3g} nats and {100 * record.ppl_increase:+.3g}% perplexity at {record.bits_per_weight:.3f} bits a "
         "weight; allow more of either"
     )
 

@@ -57,9 +57,9 @@ class Percentage(click.ParamType[float]):
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
               help="Of the weights; auto is as stored.")  # fmt: skip
 @click.option("--adapter", type=click.Path(path_type=Path), help="PEFT LoRA adapter to merge.")
-@click.option("--int8", "preset", flag_value="int8", help="Quantize to INT8; the target decides the scheme.")
-@click.option("--int4", "preset", flag_value="int4", help="Quantize to INT4; the target decides the scheme.")
-@click.option("--fp8", "preset", flag_value="fp8", help="Quantize to FP8; the target decides the scheme.")
+@click.option("--int8", is_flag=True, help="Quantize to INT8; the target decides the scheme.")
+@click.option("--int4", is_flag=True, help="Quantize to INT4; the target decides the scheme.")
+@click.option("--fp8", is_flag=True, help="Quantize to FP8; the target decides the scheme.")
 @click.option(
     "--scheme", metavar="NAME", help="Quantize to this scheme, such as w4a16-g128; see `optc targets --schemes`."
 )
@@ -95,7 +95,9 @@ class Percentage(click.ParamType[float]):
 def compile_command(
     model: str,
     output: Path | None,
-    preset: str | None,
+    int8: bool,
+    int4: bool,
+    fp8: bool,
     scheme: str | None,
     recipe: Path | None,
     quiet: bool,
@@ -116,7 +118,8 @@ def compile_command(
       optc compile ./my-llama --target cpu-avx2 --dtype bfloat16 --dump graphs/
     """
     output = output or Path(f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}.optc")
-    asked = [given for given in (preset, scheme, recipe) if given is not None]
+    presets = [name for name, given in (("int8", int8), ("int4", int4), ("fp8", fp8)) if given]
+    asked = [*presets, *(given for given in (scheme, recipe) if given is not None)]
     if len(asked) > 1:
         raise UsageError("choose one of --int8, --int4, --fp8, --scheme and --recipe")
     options["quantize"] = asked[0] if asked else None

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
+import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..passes.base import Pass, run_passes
 from ..passes.graph import Program
 from ..passes.quantize.calibrate import Calibration
@@ -98,6 +99,9 @@ def compile(
         raise UsageError(f"backend {backend!r}: expected inductor or eager")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or not 1 <= block_size <= 1024:
         raise UsageError(f"block size {block_size}: expected 1 to 1024 tokens")
+    for what, value, least in (("samples", calibration_samples, 1), ("length", calibration_length, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"calibration {what} {value}: expected a whole number, {least} or more")
     hardware = find_target(target)
     budget = None
     if not max_kl is max_ppl_increase is bits is None:
@@ -149,6 +153,7 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
     windows = _evaluation_windows(captured, config)
     captured = _with_notes(captured, _overlap_notes(calibration, windows, progress))
     score, records = captured.program, list[PassRecord]()
+    _check_finite(score)
 
     def run(program: Program, passes: list[Pass], stage: str) -> None:
         facts = {"canonical"} if records else ()
@@ -185,6 +190,15 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
                 check_accuracy(config.budget, accuracy)
             finish_artifact(folder, manifest.model_copy(update={"accuracy": accuracy, "stages": progress.seconds}))
     return config.output
+
+
+def _check_finite(program: Program) -> None:
+    """Refuse weights that are no numbers, before a pass is blamed for what they do."""
+    for name, weight in program.weights().items():
+        # Tables that the model computes may hold infinities on purpose, as masks do.
+        if isinstance(weight, nn.Parameter) and not torch.isfinite(weight).all():
+            kind = "NaN" if torch.isnan(weight).any() else "Inf"
+            raise CheckpointError(f"{name} holds {kind}; the checkpoint is damaged, download it again")
 
 
 def _budget_samples(captured: Captured, config: CompileConfig, calibration: Calibration | None) -> list[Tensor]:
@@ -251,6 +265,8 @@ def _prepared(
             sequence_length=config.calibration_length,
             seed=config.seed,
         )
+    for note in notes:
+        progress.on_warning(note)
     return _with_notes(captured, notes), replace(config, recipe=recipe), calibration
 
 

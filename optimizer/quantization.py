@@ -34,9 +34,13 @@ def make_recipe(
         kv_cache: int8 or fp8, in place of what the recipe says.
 
     Raises:
-        UsageError: an unknown scheme or algorithm, or a wrong recipe file.
+        UsageError: an unknown scheme or algorithm, one that no scheme is for, a wrong recipe file, or nothing to quantize.
         TargetError: the target cannot compute in what the recipe asks for.
     """
+    if quantize is not None and not isinstance(quantize, Recipe | str | Path):
+        raise UsageError(
+            f"quantize={quantize!r}: expected a preset, the name of a scheme, a recipe, or the path of one"
+        )
     if isinstance(quantize, Recipe):
         recipe = quantize
     elif quantize is None:
@@ -56,7 +60,18 @@ def make_recipe(
     recipe.check_names()
     for name in recipe.scheme_names():
         check_target(name, find_scheme(name), target)
-    return recipe if recipe != Recipe() else None
+    if quantize is None and recipe.quantizes_nothing:
+        return None
+    _check_quantizes(recipe)
+    return recipe
+
+
+def _check_quantizes(recipe: Recipe) -> None:
+    if recipe.quantizes_nothing:
+        raise UsageError(
+            f"the recipe quantizes nothing: default is {KEEP}, no rule has a scheme, and there is no kv_cache; set one, or leave "
+            "quantization out"
+        )
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -86,14 +101,11 @@ def read_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
         recipe.check_names()
+        _check_quantizes(recipe)
     except ValidationError as error:
         raise UsageError(f"{path}: {_explain(error)}") from error
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    if recipe == Recipe():
-        raise UsageError(
-            f"{path}: quantizes nothing: default is {KEEP}, and there are no rules and no kv_cache; set one"
-        )
     return recipe
 
 

@@ -26,7 +26,7 @@ _ROW_WISE = {
 
 @dataclass(frozen=True, kw_only=True)
 class GatherLogits(Pass):
-    """logits = row_wise(linear(hidden [1, T, D]))  ->
+    """logits = row_wise(linear(hidden [1, T, D])), or of a quantized linear layer  ->
     logits = select(row_wise(linear(index_select(hidden, 1, logits_indices))), 0, 0) in float32
 
     Adds `logits_indices` i64[L]; the output becomes `logits` f32[L, V]. Where the way back from the output does not end
@@ -70,4 +70,5 @@ def _find_head(logits: fx.Node) -> fx.Node | None:
         if any(other.op != "get_attr" or value_of(other).dim() > 1 for other in others):
             return None
         node = node.args[0]
-    return node if node.target is aten.linear.default and value_of(node).dim() == 3 else None
+    is_linear = node.target in (aten.linear.default, torch.ops.optc.linear_quantized.default)
+    return node if is_linear and value_of(node).dim() == 3 else None

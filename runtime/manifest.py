@@ -292,6 +292,8 @@ def identity_of(manifest: Manifest) -> str:
         del layer["error"]  # a measurement
     if content["quantization"]:
         del content["quantization"]["budget"]
+        if content["quantization"]["calibration"]:
+            del content["quantization"]["calibration"]["source"]  # its digest counts, not its name
     # The same checkpoint from another folder is the same checkpoint, and what was decided shows in the program.
     for where in ("source", "adapter", "notes"):
         del content["model"][where]

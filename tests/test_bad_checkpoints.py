@@ -188,6 +188,18 @@ def test_broken_checkpoints(case: str, editable_checkpoint: Path, tmp_path: Path
         refused(editable_checkpoint, tmp_path, kind, said)
 
 
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "Inf")])
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"verify": False}], ids=str)
+def test_weights_that_are_no_numbers_are_named(
+    value: float, kind: str, options: dict[str, Any], editable_checkpoint: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(editable_checkpoint, lambda weights: weights[name].view(-1)[7].fill_(value))
+    refused(
+        editable_checkpoint, tmp_path, CheckpointError, rf"{name} holds {kind}; the checkpoint is damaged", **options
+    )
+
+
 def test_computed_buffers_are_no_weights(editable_checkpoint: Path, artifact: Path, tmp_path: Path, capfd: Any) -> None:
     """As old checkpoints hold them. Nothing is printed, though transformers would report them."""
     names = ("rotary_emb.inv_freq", "self_attn.masked_bias", "attn.bias")
@@ -249,6 +261,10 @@ def test_a_file_instead_of_a_folder(checkpoint: Path, tmp_path: Path, monkeypatc
         ({"target": "abacus"}, TargetError, "unknown target 'abacus'; known: native"),
         ({"target": ""}, TargetError, "unknown target ''"),
         ({"backend": "magic"}, UsageError, "backend 'magic'"),
+        ({"quantize": 5}, UsageError, "quantize=5: expected a preset"),
+        ({"quantize": True}, UsageError, "quantize=True: expected a preset"),
+        ({"quantize": "int8", "max_kl": "small"}, UsageError, "max_kl='small': expected a number"),
+        ({"bits": "4.5"}, UsageError, "bits='4.5': expected a number"),
     ],
     ids=str,
 )

@@ -18,7 +18,6 @@ from optc.optimizer.budget import (
     Budget,
     check_budget,
     choose_mix,
-    limited,
     measure_whole,
     quantized,
     scheme_options,

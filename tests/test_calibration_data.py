@@ -298,6 +298,36 @@ def test_data_that_is_not_used_and_sequences_that_are_too_long_are_noted(checkpo
     assert any("256 tokens, the most the model takes, not 512" in note for note in report["model"]["notes"])
 
 
+def test_the_name_of_the_data_is_no_part_of_the_identity(checkpoint: Path, tmp_path: Path) -> None:
+    def compiled_with(name: str, text: str) -> tuple[str, str, list[str]]:
+        data = written(tmp_path / name, text)
+        options = ("--scheme", "w4a8-g32", "--algorithm", "smoothquant+gptq", *SMALL)
+        report = compiled(checkpoint, tmp_path / f"{name}.optc", "--calibration", data, *options)
+        configs = [record["config_sha256"] for record in report["passes"]]
+        return report["quantization"]["calibration"]["source"], report["identity"], configs
+
+    first, renamed, other = (
+        compiled_with("a.txt", TEXT * 4),
+        compiled_with("b.txt", TEXT * 4),
+        compiled_with("c.txt", TEXT),
+    )
+    assert (first[0], renamed[0]) == ("a.txt", "b.txt")
+    assert first[1:] == renamed[1:] and first[1] != other[1]
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "words"),
+    [
+        (0, 32, "calibration samples 0: .*1 or more"),
+        (2, 1, "calibration length 1: .*2 or more"),
+        (2.5, 32, "samples 2.5"),
+    ],
+)
+def test_too_few_samples_or_tokens_are_refused(samples: Any, length: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        optc.compile(tmp_path, tmp_path / "o", quantize="int4", calibration_samples=samples, calibration_length=length)
+
+
 def test_evaluating_on_the_calibration_text_is_warned_of(checkpoint: Path, tmp_path: Path) -> None:
     data = written(tmp_path / "a.txt", TEXT * 4)
     few = ("--calibration-samples", 2, "--calibration-length", 128)
@@ -320,7 +350,8 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(checkpoint: Pat
     wrong("--int4", "--calibration", short, words=("b.txt", "do not make one sequence of 256"))
     for algorithm in ("gptq", "awq", "smoothquant+gptq"):
         named = algorithm.split("+")[0]
-        wrong("--int4", "--algorithm", algorithm, words=(f"{named} needs calibration data", "--calibration FILE"))
+        scheme = ("--scheme", "w4a8-g32", "--algorithm", algorithm)
+        wrong(*scheme, words=(f"{named} needs calibration data", "--calibration FILE"))
     wrong("--scheme", "w8a8-static", words=("static scale of activations needs calibration data",))
     bare = Path(shutil.copytree(checkpoint, tmp_path / "bare"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

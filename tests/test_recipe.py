@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from optc.errors import TargetError, UsageError
 from optc.optimizer.quantization import PRESETS, make_recipe, parse_algorithm, preset_schemes, read_recipe
@@ -111,6 +112,51 @@ def test_an_algorithm_that_changes_nothing_is_refused(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scheme", "algorithm", "lacks"),
+    [
+        ("int4", "smoothquant", "rounded activations, and w4a16-g128 has none"),
+        ("w8a16", "smoothquant+gptq", "rounded activations, and w8a16 has none"),
+        ("fp8", "awq", "integer weights, and fp8-weight has none"),
+    ],
+)
+def test_a_transform_that_no_scheme_is_for_is_refused(scheme: str, algorithm: str, lacks: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=lacks):
+        make_recipe(scheme, NATIVE, algorithm=algorithm)
+    one_rule = written(tmp_path, f"{{default: {scheme_of(scheme)}, rules: [{{role: mlp, scheme: w4a8-g32}}]}}")
+    assert make_recipe(one_rule, NATIVE, algorithm=algorithm.split("+")[0]) is not None
+
+
+def scheme_of(preset: str) -> str:
+    return preset_schemes(NATIVE).get(preset) or preset
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "adapt: true",
+        "rounding: rtn",
+        "rules: [{role: mlp, scheme: none}]",
+        "{rounding: gptq, rules: [{name: '*', scheme: none}]}",
+    ],
+)
+def test_a_recipe_that_quantizes_nothing_is_refused(content: str, tmp_path: Path) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(UsageError, match=r"recipe\.yaml: the recipe quantizes nothing"):
+        make_recipe(path, NATIVE)
+    with pytest.raises(UsageError, match="quantizes nothing"):
+        make_recipe(Recipe.model_validate(yaml.safe_load(content)), NATIVE)
+
+
+def test_transforms_alone_and_the_scheme_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="awq is for integer weights, and the recipe has none"):
+        make_recipe(written(tmp_path, "transforms: [awq]"), NATIVE)
+    for nothing in ("none", Recipe()):
+        with pytest.raises(UsageError, match="quantizes nothing"):
+            make_recipe(nothing, NATIVE)
+    assert make_recipe("none", NATIVE, kv_cache="int8") == Recipe(kv_cache="int8")
+
+
+@pytest.mark.parametrize(
     ("recipe", "uses", "requires"),
     [
         (Recipe(), False, None),
@@ -125,6 +171,8 @@ def test_an_algorithm_that_changes_nothing_is_refused(algorithm: str) -> None:
         (Recipe(default="w8a8", rules=(Rule(role="mlp", scheme="w4a16-g32"),)), True, None),
         (Recipe(default="w8a8", rules=(Rule(role="mlp", scheme="w4a16-g32", rounding="gptq"),)), True, "gptq"),
         (Recipe(default="w8a8", rules=(Rule(role="mlp", scheme="none", rounding="gptq"),)), False, None),
+        (Recipe(default="w8a8", rules=(Rule(role="embedding", scheme="w4a16-g32"),)), False, None),
+        (Recipe(default="w8a8", rules=(Rule(name="*.embed*", scheme="w4a16-g32"),)), True, None),
     ],
 )
 def test_what_needs_calibration_data(recipe: Recipe, uses: bool, requires: str | None) -> None:

@@ -14,7 +14,7 @@ from ..graph import Program, get_weight
 from .calibrate import Calibration, Statistics
 from .fold import Site, fold_calibrated
 from .quantize import scale_dtype
-from .recipe import Assignment, Recipe
+from .recipe import Assignment, Recipe, gains
 from .rtn import rtn
 
 _EXPONENTS = [step / 20 for step in range(20)]
@@ -42,7 +42,7 @@ class AWQ(Pass):
         return "awq"
 
     def config(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "calibration": self.calibration.record()}
+        return {"recipe": self.recipe, "calibration": self.calibration.config()}
 
     def apply(self, program: Program) -> Result:
         def choose(site: Site, assignments: Mapping[str, Assignment], statistics: Statistics) -> Tensor:
@@ -54,7 +54,7 @@ class AWQ(Pass):
             self.recipe,
             self.calibration,
             choose,
-            wanted=lambda scheme: scheme.weights.type == "int",
+            wanted=lambda scheme: gains("awq", scheme),
             on_progress=self.on_progress,
         )
 

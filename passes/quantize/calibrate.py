@@ -56,6 +56,10 @@ class Calibration:
             seed=self.seed,
         )
 
+    def config(self) -> dict[str, Any]:
+        """What decides codes: all of the record but the name of the source."""
+        return self.record().model_dump(exclude={"source"})
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -219,7 +223,9 @@ class Walk:
         """
         found = self._collector.statistics()
         if not all(torch.isfinite(of).all() for of in (found.hessian, found.cross) if of is not None):
-            weights = [_weight_behind(user.args[1]) for user in self._pieces[self._number][-1].users if _is_linear(user)]
+            weights = [
+                _weight_behind(user.args[1]) for user in self._pieces[self._number][-1].users if _is_linear(user)
+            ]
             names = ", ".join(self._program.sources.get(name, name) for name in dict.fromkeys(weights))
             raise UsageError(
                 f"the calibration text makes the inputs of {names} NaN, Inf or too large to square: they cannot be "

@@ -74,9 +74,13 @@ class Site:
         return values.new_ones(channels).scatter_reduce(0, self.index, values, reduce, include_self=False)
 
     def centred(self, factors: Tensor) -> Tensor:
-        """Factors [P] over the geometric mean of the largest and smallest that are used."""
+        """Factors [P] over the geometric mean of the largest and smallest that are used.
+
+        Of float16 they are at most 2^8 and at least 2^-8, so that no weight or input up to that overflows; else 1e4, 1e-4.
+        """
         used = factors[self.index]
-        return (factors / (used.amax() * used.amin()).sqrt()).clamp(1e-4, 1e4)
+        limit = min(1e4, torch.finfo(value_of(self.linears[0].args[1]).dtype).max ** 0.5)
+        return (factors / (used.amax() * used.amin()).sqrt()).clamp(1 / limit, limit)
 
 
 def find_sites(program: Program) -> tuple[list[Site], dict[fx.Node, str]]:
@@ -145,7 +149,7 @@ def fold_calibrated(
         else:
             by_input[site.input] = site
     for weight in dict.fromkeys(name for site in by_input.values() for name in site.names):
-        check_finite(names[weight], get_weight(program.module, weight))
+        check_finite(names.get(weight, weight), get_weight(program.module, weight))
     factors: dict[fx.Node, Tensor] = {}
 
     def visit(x: fx.Node, statistics: Statistics) -> dict[str, Tensor]:

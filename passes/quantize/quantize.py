@@ -51,8 +51,8 @@ class Quantize(Pass):
     on_progress: Callable[[float], None] = field(default=lambda fraction: None, repr=False)
 
     def config(self) -> dict[str, Any]:
-        record = self.calibration.record() if self.calibration else None
-        return {"recipe": self.recipe, "calibration": record, "given": sorted(self.given)}
+        calibration = self.calibration.config() if self.calibration else None
+        return {"recipe": self.recipe, "calibration": calibration, "given": sorted(self.given)}
 
     def apply(self, program: Program) -> Result:
         result = Result()

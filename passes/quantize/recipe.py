@@ -21,6 +21,7 @@ Transform = Literal["smoothquant", "awq"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 ROLES: tuple[Role, ...] = get_args(Role)
+_FOR: dict[Transform, str] = {"smoothquant": "rounded activations", "awq": "integer weights"}
 
 # In full precision unless a rule names them. Routers always are: a wrong expert costs more than their few bytes.
 _KEPT_ROLES: tuple[Role, ...] = ("lm_head", "embedding", "medusa")
@@ -80,7 +81,10 @@ class Recipe(Record):
     @property
     def uses_calibration(self) -> bool:
         """Whether any codes depend on activations."""
-        gptq = any(rounding_for(scheme, rounding) == "gptq" for scheme, rounding in self._schemes())
+        of_linears = self._schemes(
+            but_for="embedding"
+        )  # one is looked up, never multiplied: there is no input to measure
+        gptq = any(rounding_for(scheme, rounding) == "gptq" for scheme, rounding in of_linears)
         return gptq or self.requires_calibration is not None
 
     @property
@@ -105,13 +109,20 @@ class Recipe(Record):
         names = [self.default, *(rule.scheme for rule in self.rules)]
         return [name for name in dict.fromkeys(names) if name != KEEP]
 
-    def _schemes(self) -> Iterator[tuple[Scheme, Rounding | None]]:
-        for name, rounding in [(self.default, None), *((rule.scheme, rule.rounding) for rule in self.rules)]:
+    @property
+    def quantizes_nothing(self) -> bool:
+        return not self.scheme_names() and self.kv_cache is None
+
+    def _schemes(self, but_for: Role | None = None) -> Iterator[tuple[Scheme, Rounding | None]]:
+        rules = [rule for rule in self.rules if but_for is None or rule.role != but_for]
+        for name, rounding in [(self.default, None), *((rule.scheme, rule.rounding) for rule in rules)]:
             if name != KEEP:
                 yield find_scheme(name), rounding or self.rounding
 
     def check_names(self) -> None:
-        """Raises UsageError: a scheme that does not exist or that its rounding is not for, or a rule for routers."""
+        """Raises UsageError: a scheme that does not exist or that its rounding is not for, a transform that no scheme is
+        for, or a rule for routers.
+        """
         for name in self.scheme_names():
             find_scheme(name)
         for scheme, rounding in self._schemes():
@@ -119,11 +130,24 @@ class Recipe(Record):
                 raise UsageError(
                     "hqq fits zero points, and a symmetric scheme has none; take one of the -asym schemes, or rtn"
                 )
+        for transform in self.transforms:
+            if not any(gains(transform, scheme) for scheme, _ in self._schemes()):
+                names = ", ".join(self.scheme_names()) or "the recipe"
+                raise UsageError(f"{transform} is for {_FOR[transform]}, and {names} has none; leave {transform} out")
         for rule in self.rules:
             if rule.role == "router" and rule.scheme != KEEP:
                 raise UsageError("a rule for the role router: routers stay in full precision; remove it")
             if rule.role is None and rule.name is None:
                 raise UsageError("a rule with neither role nor name; give one, or set the recipe's default")
+
+
+def gains(transform: Transform, scheme: Scheme) -> bool:
+    """Whether a transform is for weights of this scheme."""
+    match transform:
+        case "smoothquant":
+            return scheme.input_activations is not None
+        case "awq":
+            return scheme.weights.type == "int"
 
 
 def rounding_for(scheme: Scheme, asked: Rounding | None) -> Rounding:
@@ -151,12 +175,17 @@ def assign(recipe: Recipe, candidates: Sequence[Candidate], names: dict[str, str
         names: checkpoint name of each candidate, which the patterns are for.
 
     Raises:
-        UsageError: a rule that matches nothing (lists near names), a group size that does not divide, rules that
+        UsageError: a rule that matches nothing (lists near names) or only routers, a group size that does not divide, rules that
             disagree about a tied weight, or nothing to quantize.
     """
     for rule in recipe.rules:
-        if not any(rule.matches(role, names[c.name]) for c in candidates for role in _roles(c)):
+        matched = {role for c in candidates for role in _roles(c) if rule.matches(role, names[c.name])}
+        if not matched:
             raise UsageError(_matches_nothing(rule, candidates, names))
+        if matched == {"router"} and rule.scheme != KEEP:
+            raise UsageError(
+                f"the recipe's rule for {rule.describe()} matches only routers, which stay in full precision; remove it"
+            )
     found: dict[str, Assignment] = {}
     for candidate in candidates:
         if assignment := _assign(recipe, candidate, names[candidate.name]):

@@ -13,7 +13,7 @@ from ..base import Pass, Result
 from ..graph import Program, get_weight
 from .calibrate import Calibration, Statistics
 from .fold import Site, fold_calibrated
-from .recipe import Assignment, Recipe
+from .recipe import Assignment, Recipe, gains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class SmoothQuant(Pass):
     on_progress: Callable[[float], None] = field(default=lambda fraction: None, repr=False)
 
     def config(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "calibration": self.calibration.record(), "alpha": self.alpha}
+        return {"recipe": self.recipe, "calibration": self.calibration.config(), "alpha": self.alpha}
 
     def apply(self, program: Program) -> Result:
         def choose(site: Site, assignments: Mapping[str, Assignment], statistics: Statistics) -> Tensor:
@@ -45,7 +45,7 @@ class SmoothQuant(Pass):
             self.recipe,
             self.calibration,
             choose,
-            wanted=lambda scheme: scheme.input_activations is not None,
+            wanted=lambda scheme: gains("smoothquant", scheme),
             norms_only=True,
             on_progress=self.on_progress,
         )

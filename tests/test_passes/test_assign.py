@@ -76,6 +76,12 @@ def test_rules_name_the_head_and_the_embedding(program: Program) -> None:
 def test_a_router_stays_in_full_precision_whatever_its_name_matches(program: Program) -> None:
     found = schemes(program, rules=[{"name": "layers.*", "scheme": "w8a8"}])
     assert "layers.1.mlp.router.weight" not in found and len(found) == 2
+    with pytest.raises(
+        UsageError, match=r"rule for name \*router\* matches only routers, which stay in full precision"
+    ):
+        schemes(program, default="w8a8", rules=[{"name": "*router*", "scheme": "w8a8"}])
+    kept = {"name": "*router*", "scheme": "none"}
+    assert len(schemes(program, default="w8a8", rules=[kept])) == 2
 
 
 def test_rounding_by_bits_by_recipe_and_by_rule(program: Program) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
+from optc.errors import UsageError
 from optc.passes.graph import Program, get_weight
-from optc.passes.quantize.calibrate import Calibration, Walk, calibrate
+from optc.passes.quantize.calibrate import Calibration, Statistics, Walk, calibrate
 from optc.passes.quantize.roles import find_candidates
 
 LENGTHS = (5, 12, 7)
@@ -135,6 +140,84 @@ def test_the_original_goes_beside(canonical: Program, model: torch.nn.Module, sa
         x = torch.cat(seen_by_modules(model, samples)[0][inputs[node][0].removesuffix(".weight")])
         weight.mul_(2)
     torch.testing.assert_close(found.cross, x.T @ original / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_compared_with_the_original_costs_it(canonical: Program, samples: tuple[Tensor, ...]) -> None:
+    inputs = list(inputs_of(canonical))
+    with Walk(canonical, samples, inputs, with_original=inputs[1:2]) as walk:
+        crosses = [walk.statistics().cross for _ in walk.run()]
+        assert [cross is not None for cross in crosses] == [node is inputs[1] for node in inputs]
+        assert not walk._originals[0]._values
+
+
+def test_two_inputs_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(5, 8, generator=generator), torch.randn(11, 8, generator=generator)
+
+    def of(x: Tensor) -> Statistics:
+        return Statistics(x.T @ x / len(x), x.abs().amax(0), x.abs().mean(0), len(x), 2 * x.T @ x / len(x))
+
+    found, expected = of(first).together_with(of(second)), of(torch.cat([first, second]))
+    assert found.tokens == 16
+    for name in ("hessian", "largest", "mean", "cross"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    canonical: Program, samples: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    inputs = list(inputs_of(canonical))
+    with pytest.raises(
+        UsageError, match=rf"{tmp_path} has no room for \d+ bytes .* No space left on device; set TMPDIR"
+    ):
+        calibrate(canonical, Calibration(samples, "test", 0), inputs, lambda *_: {}, memory_limit=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_temporary_files_are_gone_after_an_error(
+    canonical: Program, samples: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def visit(*_: Any) -> dict[str, Tensor]:
+        assert list(tmp_path.iterdir())
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        calibrate(canonical, Calibration(samples, "test", 0), list(inputs_of(canonical)), visit, memory_limit=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("memory_limit", [0, 2**20])
+def test_values_of_several_tensors_count_and_move_as_well(memory_limit: int, program_of: Any) -> None:
+    def build(graph: fx.Graph, ids: fx.Node, positions: fx.Node, table: fx.Node, weight: fx.Node) -> fx.Node:
+        x = graph.call_function(torch.ops.aten.embedding.default, (table, ids))
+        halves = graph.call_function(torch.ops.aten.split.Tensor, (x, 8, -1))
+        left, right = (graph.call_function(operator.getitem, (halves, i)) for i in (0, 1))
+        y = graph.call_function(torch.ops.aten.linear.default, (left, weight))
+        z = graph.call_function(torch.ops.aten.add.Tensor, (y, right))
+        return graph.call_function(torch.ops.aten.linear.default, (z, weight))
+
+    torch.manual_seed(0)
+    program = program_of(build, {"table": torch.randn(50, 16), "weight": torch.randn(8, 8)})
+    sample = torch.arange(11)
+    linears = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    (halves,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.split.Tensor)
+    (split,) = (user for user in halves.users if user.args[1] == 0)
+    with Walk(program, [sample], [split, linears[1].all_input_nodes[0]], memory_limit=memory_limit) as walk:
+        for node in walk.run():
+            if node is split:
+                assert walk._environments[0]._budget.used == (
+                    2 * 11 * 16 * 4 // 2 + 11 * 16 * 4 // 2 if memory_limit else 0
+                )
+            outputs = list(walk.outputs({}))
+    torch.testing.assert_close(outputs[0], program.module(sample[None], sample[None])[0])
 
 
 def test_progress_goes_from_nothing_to_all(canonical: Program, samples: tuple[Tensor, ...]) -> None:

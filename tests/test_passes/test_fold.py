@@ -266,6 +266,21 @@ def test_look_alikes_are_declined_with_the_reason(case: str, program_of: Callabl
     assert any(reason in found for found in declined.values()), declined
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 256.0), ("bfloat16", 1e4), ("float32", 1e4)])
+def test_factors_are_bounded_by_what_the_dtype_can_hold(
+    dtype: str, largest: float, program_of: Callable[..., Program]
+) -> None:
+    _, build = FOLDABLE["a product with a weight"]
+    kind = getattr(torch, dtype)
+    weights = {"norm": torch.full((8,), 200.0, dtype=kind), "w1": torch.full((8, 8), 200.0, dtype=kind)}
+    program = program_of(build, weights=weights, inputs=[X[0].model_copy(update={"dtype": dtype})])
+    (site,), _ = find_sites(program)
+    factors = site.centred(torch.logspace(-8, 8, 8))
+    torch.testing.assert_close(factors[[0, -1]], torch.tensor([1 / largest, largest]), rtol=2e-3, atol=0.0)
+    fold(program, site, factors)
+    assert all(get_weight(program.module, name).isfinite().all() for name in ("norm", "w1"))
+
+
 def test_the_rounding_of_a_norm_weight_is_made_up_for(program_of: Callable[..., Program]) -> None:
     """In bfloat16 only the columns' own rounding remains: the product of the two stays within one rounding."""
     _, build = FOLDABLE["a product with a weight"]

@@ -13,6 +13,8 @@ from optc.passes.gather_logits import GatherLogits
 from optc.passes.graph import Program, call, value_of
 from optc.passes.kv_cache import KVCache
 from optc.passes.paged_attention import PagedAttention
+from optc.passes.quantize.quantize import Quantize
+from optc.passes.quantize.recipe import Recipe, Rule
 from optc.passes.verify import Probe
 from optc.runtime.manifest import PassRecord
 
@@ -137,6 +139,15 @@ def test_hidden_states_that_others_use_stay_whole(program_of: Callable[..., Prog
 def test_bfloat16_logits_come_out_in_float32(program_of: Callable[..., Program]) -> None:
     program = program_of(model(ROW_WISE["plain"]), {name: weight.bfloat16() for name, weight in WEIGHTS.items()})
     check(program)
+
+
+def test_a_quantized_head_runs_on_the_wanted_rows(canonical: Program, probe: Probe, count: Callable[..., int]) -> None:
+    recipe = Recipe(rules=(Rule(role="lm_head", scheme="w8a16"),))
+    passes = [Quantize(recipe=recipe), KVCache(), PagedAttention(), GatherLogits()]
+    record = run_passes(canonical, passes, facts={"canonical"}, probe=probe)[-1]
+    assert (record.matches, record.declined) == (1, ()) and record.max_error < 1e-6
+    (head,) = canonical.graph.find_nodes(op="call_function", target=torch.ops.optc.linear_quantized.default)
+    assert head.args[0].target is aten.index_select.default
 
 
 def test_in_the_pipeline(canonical: Program, probe: Probe, count: Callable[..., int]) -> None:

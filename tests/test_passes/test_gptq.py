@@ -118,7 +118,9 @@ def test_each_step_lowers_the_loss(name: str) -> None:
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(inputs(4000, 256))
     losses = [loss(rtn(weight, args, torch.bfloat16, importance=hessian.diagonal()), weight, hessian).sum()]
-    losses += [loss(gptq(weight, factor(hessian), args, torch.bfloat16, rounds=n), weight, hessian).sum() for n in (0, 1, 3)]
+    losses += [
+        loss(gptq(weight, factor(hessian), args, torch.bfloat16, rounds=n), weight, hessian).sum() for n in (0, 1, 3)
+    ]
     assert losses[1] < 0.7 * losses[0]
     assert losses[3] < losses[2] < losses[1]
 
@@ -178,6 +180,24 @@ def test_making_good_what_earlier_layers_lost() -> None:
     wanted = original @ weight.t()
     assert (lost @ better.t() - wanted).square().sum() < 0.1 * (lost @ weight.t() - wanted).square().sum()
     assert torch.equal(make_good(weight, factor(hessian), hessian), weight)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["w4a16-g32", "w3a16-channel"])
+def test_codes_for_the_good_made_weight_are_nearer_to_the_original_outputs(name: str, seed: int) -> None:
+    """|x' W^T - x Q^T| with x the inputs behind quantized layers, also for tokens that were not measured."""
+    generator, args = torch.Generator().manual_seed(seed), find_scheme(name).weights
+    weight, everything = torch.randn(48, 64, generator=generator), inputs(6000, 64, seed)
+    lost = everything @ (torch.eye(64) + 0.1 * torch.randn(64, 64, generator=generator))
+    lost += 0.02 * everything.std() * torch.randn(6000, 64, generator=generator)
+    x, original = lost[:4000], everything[:4000]
+    factors = factor(hessian_of(x))
+    better = make_good(weight, factors, x.t() @ original / len(x))
+    plain, made_good = (gptq(w, factors, args, torch.bfloat16).dequantize() for w in (weight, better))
+    for tokens in (slice(0, 4000), slice(4000, None)):
+        wanted = everything[tokens] @ weight.t()
+        errors = [(lost[tokens] @ found.t() - wanted).norm() for found in (plain, made_good)]
+        assert errors[1] < 0.8 * errors[0], errors
 
 
 @pytest.mark.parametrize(("scheme", "gain"), [("w4a16-g128", 0.6), ("w3a16-g128", 0.5)])

@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from optc.errors import UsageError, VerificationError
 from optc.passes.base import run_passes
 from optc.passes.graph import Program, call, get_weight
 from optc.passes.quantize import quantize as module
-from optc.passes.quantize.calibrate import Calibration
-from optc.passes.quantize.quantize import Quantize
-from optc.passes.quantize.recipe import Recipe, Rule
+from optc.passes.quantize.calibrate import Calibration, Statistics
+from optc.passes.quantize.quantize import Quantize, round_weight, scale_dtype
+from optc.passes.quantize.recipe import Assignment, Recipe, Rule
+from optc.passes.quantize.rtn import rtn
 from optc.passes.verify import Probe
 from optc.runtime.manifest import PassRecord, QuantizedLayer
 from optc.runtime.ops.quantized import StoredWeight
+from optc.runtime.scheme import find_scheme
 
 aten, optc = torch.ops.aten, torch.ops.optc
 
@@ -128,6 +132,118 @@ def test_a_weight_of_two_linears_is_stored_once(program_of: Callable[..., Progra
     assert count(program, optc.linear_quantized.default) == 2
     assert set(layers(program)) == {"shared"}
     assert {name for name in program.weights() if name.startswith("shared")} == {"shared_codes", "shared_scale"}
+
+
+def shared_twice(
+    graph: fx.Graph, input_ids: fx.Node, positions: fx.Node, *, table: fx.Node, shared: fx.Node, head: fx.Node
+) -> fx.Node:
+    """The second input of the shared weight is much larger than the first."""
+    x = call(graph, aten.embedding.default, table, input_ids)
+    x = call(graph, aten.relu.default, call(graph, aten.linear.default, x, shared))
+    x = call(graph, aten.linear.default, call(graph, aten.mul.Tensor, x, 50.0), shared)
+    return call(graph, aten.linear.default, x, head)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_a_weight_of_two_inputs_is_measured_at_both(rounding: Any, program_of: Callable[..., Program]) -> None:
+    """Whatever is seen, one scale covers it; and its codes are those for both inputs as one."""
+    program = program_of(shared_twice, weights(table=(V, K), shared=(K, K), head=(V, K)))
+    plain, data = program.copy(), calibration()
+    quantize(program, Recipe(default="w8a8-static", rounding=rounding), calibration=data)
+    ids = torch.cat(data.samples)
+    weight = get_weight(plain.module, "shared")
+    first = get_weight(plain.module, "table")[ids]
+    second = 50 * torch.relu(first @ weight.t())
+    scale = get_weight(program.module, layers(program)["shared"].constants["input_scale"])
+    torch.testing.assert_close(scale, torch.cat([first, second]).abs().max().reshape(1) / 127.0)
+    assert (logits(program) - logits(plain)).norm() < 0.05 * logits(plain).norm()
+    both = torch.cat([first, second])
+    importance = both.square().mean(dim=0)
+    expected = rtn(weight, find_scheme("w8a8-static").weights, torch.float16, importance=importance)
+    assert layers(program)["shared"].algorithm == rounding
+    if rounding == "rtn":
+        assert (stored(program, "shared").unpack().codes == expected.codes).float().mean() > 0.999
+    else:
+        losses = [
+            ((found.dequantize() - weight) @ both.t()).square().sum() for found in (stored(program, "shared"), expected)
+        ]
+        assert losses[0] < 0.9 * losses[1]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_is_calibrated_as_any_layer(
+    is_tied: bool, program: Program, program_of: Callable[..., Program]
+) -> None:
+    if not is_tied:
+        program = program_of(shared_twice, weights(table=(V, K), shared=(K, K), head=(V, K)))
+    name = "table" if is_tied else "head"
+    roles = ("lm_head", "embedding") if is_tied else ("lm_head",)
+    found = {}
+    for rounding in ("rtn", "gptq"):
+        copy = program.copy()
+        rules = tuple(Rule(role=role, scheme="w4a16-g32", rounding=rounding) for role in roles)
+        quantize(copy, Recipe(rules=rules), calibration=calibration())
+        assert layers(copy)[name].algorithm == rounding
+        found[rounding] = stored(copy, name).unpack().codes
+    assert not torch.equal(found["rtn"], found["gptq"])
+    rules = tuple(Rule(role=role, scheme="w8a8-static") for role in roles)
+    before = logits(program)
+    quantize(program, Recipe(rules=rules), calibration=calibration())
+    assert "input_scale" in layers(program)[name].constants
+    assert (logits(program) - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_an_embedding_alone_has_no_input_to_scale(program_of: Callable[..., Program]) -> None:
+    program = program_of(shared_twice, weights(table=(V, K), shared=(K, K), head=(V, K)))
+    quantize(program, Recipe(rules=(Rule(role="embedding", scheme="w8a8-static"),)), calibration=calibration())
+    assert set(layers(program)["table"].constants) == {"codes", "scale"}
+
+
+def test_what_is_recorded_is_what_was_done(program: Program) -> None:
+    """GPTQ without data is rounding to nearest, and is called that."""
+    quantize(program, Recipe(default="w4a16-g32", rounding="gptq", adapt=True))
+    assert {layer.algorithm for layer in layers(program).values()} == {"rtn"}
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "w4a16-g32-asym", "fp8-weight", "fp8-block", "fp8-tensor"])
+@pytest.mark.parametrize("rounding", ["rtn", "gptq", "hqq"])
+def test_rows_in_parts_give_the_same_codes(name: str, rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, generator = find_scheme(name), torch.Generator().manual_seed(0)
+    if rounding == "hqq" and scheme.weights.symmetric or rounding == "gptq" and scheme.weights.type == "float":
+        pytest.skip("not for this scheme")
+    weight, x = torch.randn(300, 256, generator=generator), torch.randn(500, 256, generator=generator)
+    statistics = Statistics(x.t() @ x / 500, x.abs().amax(dim=0), x.abs().mean(dim=0), 500)
+    assignment = Assignment(name, scheme, rounding)
+    whole = round_weight(weight, assignment, torch.float16, statistics)
+    monkeypatch.setattr("optc.passes.quantize.quantize._WEIGHTS_AT_ONCE", 37 * 256)
+    parts = round_weight(weight, assignment, torch.float16, statistics)
+    parts.pack().check()
+    same = (whole.codes.float() == parts.codes.float()).float().mean()
+    assert same == 1 if rounding == "rtn" else same > 0.99  # products of other shapes are summed in another order
+    assert torch.equal(whole.scale, parts.scale) or rounding != "rtn"
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w4a16-g32", "w4a16-g32-asym", "w3a16-channel", "fp8-weight", "fp8-block"])
+@settings(max_examples=25)
+@given(
+    exponents=st.lists(st.floats(-9.0, 3.0), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    seed=st.integers(0, 9),
+)
+def test_scales_have_room_for_rows_of_any_magnitude(
+    name: str, exponents: list[float], dtype: torch.dtype, seed: int
+) -> None:
+    """Every row keeps the accuracy that it has with scales in float32."""
+    args = find_scheme(name).weights
+    rows = torch.randn(len(exponents), 64, generator=torch.Generator().manual_seed(seed))
+    weight = (rows * 10.0 ** torch.tensor(exponents)[:, None]).to(dtype).float()
+    chosen = scale_dtype(dtype, weight, args)
+    assert chosen in (torch.float16, torch.float32)
+
+    def errors(kind: torch.dtype) -> Tensor:
+        return (rtn(weight, args, kind).dequantize() - weight).norm(dim=1)
+
+    assert (errors(chosen) <= 1.1 * errors(torch.float32) + 1e-3 * weight.norm(dim=1)).all()
 
 
 def test_a_weight_that_something_else_uses_is_declined(program_of: Callable[..., Program]) -> None:
