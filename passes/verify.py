@@ -30,9 +30,9 @@ def run_float32(
 ) -> list[Tensor]:
     """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a sum
-    into a whole step, and the check could not tell a wrong graph from another order of additions. `replaced` are weights
-    to compute with in place of those of the same name.
+    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a
+    sum into a whole step, and the check could not tell a wrong graph from another order of additions. `replaced` are
+    weights to compute with in place of those of the same name.
 
     The runs go through the graph side by side, node by node, so that a weight is widened once for all of them and only
     while an op uses it. A later run may depend on what an earlier one wrote into a cache, as two chunks of a prompt do.

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 from tokenizers import processors
 
+import optc
 from optc.errors import UsageError
 from optc.optimizer.calibration import (
     _pieces,

@@ -257,7 +257,7 @@ def test_gptq_of_experts_does_not_follow_the_rows_of_the_unquantized_model(mixtr
         assert program.quantization is not None
         found[rounding] = {layer.name: layer.error for layer in program.quantization.layers if layer.experts}
     for name, error in found["gptq"].items():
-        assert error < 1.5 * found["rtn"][name], name
+        assert error < 2.5 * found["rtn"][name], name
 
 
 def matrix_in(program: Program) -> Tensor:

@@ -222,6 +222,15 @@ def test_packing_is_dense_and_undone(bits: int, shape: tuple[int, int], seed: in
     assert torch.equal(unpack_bits(packed, bits, shape[1]), codes)
 
 
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_packing_in_parts_does_not_show(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (50, 70), dtype=torch.int8)
+    whole = pack_bits(codes, bits)
+    monkeypatch.setattr("optc.runtime.ops.quantized._CODES_AT_ONCE", 300)
+    assert torch.equal(pack_bits(codes, bits), whole)
+    assert torch.equal(unpack_bits(whole, bits, 70), codes)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing_is_compressed_tensors_own(bits: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")

@@ -155,6 +155,7 @@ class _Work:
                     replaced[name] = self.choose(candidate, found)
             return replaced
 
+        # Not of experts: their rows are sorted, and the quantized model may send a token to others than the original does.
         with_original = [
             x
             for x, found in by_input.items()
@@ -173,16 +174,13 @@ class _Work:
         """Choose the codes of a weight; gives the weight as they mean it, in its dtype and as it lies in the program.
 
         All experts of a layer are rounded on the inputs of all of them: one that the data hardly reaches would else be
-        rounded on next to nothing. As the quantized model may send a token to other experts, the rows of their inputs
-        cannot be compared with those of the unquantized one.
+        rounded on next to nothing.
         """
         name = candidate.name
         if statistics is None and self.assignments[name].rounding == "gptq":
             self.assignments[name] = replace(self.assignments[name], rounding="rtn")  # what is done is what is recorded
         assignment, original = self.assignments[name], get_weight(self.program.module, name).detach()
         weight = candidate.as_matrix(original).float()
-        if statistics is not None and candidate.experts is not None:
-            statistics = replace(statistics, cross=None)
         quantized = round_weight(
             weight, assignment, scale_dtype(original.dtype, weight, assignment.scheme.weights), statistics
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import optc
+from optc.errors import UsageError
 from optc.optimizer.capture import capture
 from optc.optimizer.checkpoint import load_checkpoint
 from optc.passes.base import Pass, run_passes
@@ -22,6 +24,7 @@ from optc.passes.quantize.fold import find_sites
 from optc.passes.quantize.quantize import Quantize
 from optc.passes.quantize.recipe import Assignment, Recipe, Rounding
 from optc.passes.quantize.rtn import rtn
+from optc.passes.quantize.smoothquant import SmoothQuant
 from optc.passes.verify import Probe, run_float32
 from optc.runtime.scheme import find_scheme
 
@@ -97,6 +100,21 @@ def test_the_error_from_the_hessian_is_that_of_the_outputs() -> None:
     x, weight = torch.randn(200, 12), torch.randn(7, 12)
     expected = (x @ weight.t()).square().sum(dim=1).mean().item()
     assert _output_energy(weight, x.t() @ x / 200) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", [AWQ, SmoothQuant])
+def test_inputs_and_weights_that_are_no_numbers_are_named(transform: Any, tmp_path: Path) -> None:
+    recipe = Recipe(default="w8a8", rounding="rtn")
+    for weight, factor, message in (
+        ("input_layernorm", 1e30, r"the inputs of model\.layers\.0\.self_attn\.q_proj\.weight, .* too large to square"),
+        ("self_attn.q_proj", float("nan"), r"model\.layers\.0\.self_attn\.q_proj\.weight holds NaN"),
+    ):
+        program = make_program("llama", tmp_path / weight)
+        (name,) = (n for n, source in program.sources.items() if source == f"model.layers.0.{weight}.weight")
+        with torch.no_grad():
+            get_weight(program.module, name).mul_(factor)
+        with pytest.raises(UsageError, match=message):
+            run_passes(program, [transform(recipe=recipe, calibration=make_calibration())], facts={"canonical"})
 
 
 @pytest.mark.slow

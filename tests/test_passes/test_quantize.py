@@ -140,7 +140,7 @@ def shared_twice(
     """The second input of the shared weight is much larger than the first."""
     x = call(graph, aten.embedding.default, table, input_ids)
     x = call(graph, aten.relu.default, call(graph, aten.linear.default, x, shared))
-    x = call(graph, aten.linear.default, call(graph, aten.mul.Tensor, x, 50.0), shared)
+    x = call(graph, aten.linear.default, call(graph, aten.mul.Tensor, x, 10.0), shared)
     return call(graph, aten.linear.default, x, head)
 
 
@@ -153,10 +153,10 @@ def test_a_weight_of_two_inputs_is_measured_at_both(rounding: Any, program_of: C
     ids = torch.cat(data.samples)
     weight = get_weight(plain.module, "shared")
     first = get_weight(plain.module, "table")[ids]
-    second = 50 * torch.relu(first @ weight.t())
+    second = 10 * torch.relu(first @ weight.t())
     scale = get_weight(program.module, layers(program)["shared"].constants["input_scale"])
     torch.testing.assert_close(scale, torch.cat([first, second]).abs().max().reshape(1) / 127.0)
-    assert (logits(program) - logits(plain)).norm() < 0.05 * logits(plain).norm()
+    assert (logits(program) - logits(plain)).norm() < 0.1 * logits(plain).norm()
     both = torch.cat([first, second])
     importance = both.square().mean(dim=0)
     expected = rtn(weight, find_scheme("w8a8-static").weights, torch.float16, importance=importance)
@@ -205,12 +205,14 @@ def test_what_is_recorded_is_what_was_done(program: Program) -> None:
     assert {layer.algorithm for layer in layers(program).values()} == {"rtn"}
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "w4a16-g32-asym", "fp8-weight", "fp8-block", "fp8-tensor"])
-@pytest.mark.parametrize("rounding", ["rtn", "gptq", "hqq"])
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [(name, "rtn") for name in ("w8a8", "w4a16-g32", "w4a16-g32-asym", "fp8-weight", "fp8-block", "fp8-tensor")]
+    + [(name, "gptq") for name in ("w8a8", "w4a16-g32", "w4a16-g32-asym")]
+    + [("w4a16-g32-asym", "hqq")],
+)
 def test_rows_in_parts_give_the_same_codes(name: str, rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheme, generator = find_scheme(name), torch.Generator().manual_seed(0)
-    if rounding == "hqq" and scheme.weights.symmetric or rounding == "gptq" and scheme.weights.type == "float":
-        pytest.skip("not for this scheme")
     weight, x = torch.randn(300, 256, generator=generator), torch.randn(500, 256, generator=generator)
     statistics = Statistics(x.t() @ x / 500, x.abs().amax(dim=0), x.abs().mean(dim=0), 500)
     assignment = Assignment(name, scheme, rounding)
