@@ -2,14 +2,14 @@
 
 The graph is cut at the inputs of the layers. Each piece runs for all samples before the next starts, so a layer is
 quantized on what the quantized layers before it give, as in "true sequential" GPTQ, and every node runs once per sample.
-Only values that a later piece needs are kept, past a limit in files that the system can page out.
+Only values that a later piece needs are kept, past a limit in files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +28,10 @@ from ..verify import float32_arguments, widen
 from .gptq import Factors, factor
 
 aten, optc = torch.ops.aten, torch.ops.optc
+
+
+MEMORY_LIMIT = 2**28
+"""Bytes of activations that calibration holds in memory; more lie in files."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def calibrate(
     visit: Visit,
     *,
     with_original: Collection[fx.Node] = (),
-    memory_limit: int = 2**30,
+    memory_limit: int = MEMORY_LIMIT,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> None:
     """Run the samples through the program up to the last of `inputs`, visiting each in the order of the graph.
@@ -179,7 +183,7 @@ class Walk:
         *,
         with_original: Collection[fx.Node] = (),
         float32: bool = False,
-        memory_limit: int = 2**30,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self._program = program
         self._pieces, self._rest = _pieces(program, set(inputs))
@@ -295,7 +299,7 @@ class _Budget:
         self.limit, self.folder, self.used = limit, folder, 0
 
     def hold(self, value: Any) -> Any:
-        """The value, without what it is a view of; a tensor past the limit in a file that is gone once it is let go."""
+        """The value, without what it is a view of; past the limit, a tensor in a file."""
         if not isinstance(value, Tensor) or value.numel() == 0:
             return value
         size = value.numel() * value.element_size()
@@ -303,16 +307,37 @@ class _Budget:
             self.used += size
             return value.clone() if value._base is not None else value
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".bin") as file:
-                # Room is taken first: a write to a mapped file on a full disk ends the process.
-                os.posix_fallocate(file.fileno(), 0, size)
-                mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            return _Spilled(value, self.folder)
         except OSError as error:
             raise UsageError(
                 f"{self.folder.parent} has no room for {size} bytes of activations: {error.strerror}; set TMPDIR to a folder "
                 "on a larger disk, or calibrate on fewer samples"
             ) from None
-        return mapped.view(value.shape).copy_(value)
+
+
+class _Spilled:
+    """A tensor in a file, which is gone once nothing refers to it. Not a mapped one: that would count as memory in use.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(self, value: Tensor, folder: Path) -> None:
+        self._shape, self._dtype = value.shape, value.dtype
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".bin", delete=False) as file:
+            self._path = file.name
+            self._finalizer = weakref.finalize(self, Path(file.name).unlink, missing_ok=True)
+            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def load(self) -> Tensor:
+        buffer = bytearray(Path(self._path).read_bytes())
+        return torch.frombuffer(buffer, dtype=self._dtype).view(self._shape)
+
+
+def _loaded(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_loaded, value))
+    return value.load() if isinstance(value, _Spilled) else value
 
 
 class _Environment:
@@ -340,6 +365,8 @@ class _Environment:
     ) -> Tensor:
         """Run the nodes and give the last one's value; afterwards only the values in `keep` are held."""
         last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        held = {used: self._values[used] for used in last_use if used in self._values}
+        self._values |= {used: _loaded(value) for used, value in held.items()}
         for node in nodes:
             self._values[node] = (
                 self._inputs.pop(0) if node.op == "placeholder" else self._call(node, replaced, activations)
@@ -353,6 +380,8 @@ class _Environment:
                 self._drop(node)
             elif node not in self._held:
                 self._hold(node)
+            elif node in held:
+                self._values[node] = held[node]
         return result
 
     def _call(self, node: fx.Node, replaced: Mapping[str, Tensor], activations: Mapping[str, str]) -> Any:

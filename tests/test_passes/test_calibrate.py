@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,15 @@ def test_two_inputs_as_one() -> None:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_an_error_of_one_sentence(
     canonical: Program, samples: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def full(*_: int) -> None:
+    def full(**_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     inputs = list(inputs_of(canonical))
     with pytest.raises(
         UsageError, match=rf"{tmp_path} has no room for \d+ bytes .* No space left on device; set TMPDIR"
