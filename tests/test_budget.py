@@ -327,7 +327,9 @@ def test_a_scheme_is_only_checked(program: Program, samples: list[Tensor]) -> No
     assert (record.kl, record.ppl_increase, record.bits_per_weight) == (divergence, increase, 4.5)
     assert record.groups == ()
     for budget, wanted in ((Budget(max_kl=0.99 * divergence), "more"), (Budget(max_kl=1.0, bits=4.49), "fewer")):
-        with pytest.raises(BudgetError, match=rf"is not kept: .* at 4.500 bits a weight; choose a scheme of {wanted} bits"):
+        with pytest.raises(
+            BudgetError, match=rf"is not kept: .* at 4.500 bits a weight; choose a scheme of {wanted} bits"
+        ):
             check_budget(program, found, budget, samples)
 
 
