@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError, UnsupportedModelError, UsageError
 from .adapter import merge_adapter, read_adapter
 from .capture import attention_names, first_line, rehearse
 from .formats.module import Format
+from .names import expert_weights
 from .quantized_checkpoint import Quantized, expand, find_format, match_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -253,7 +252,7 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> PreTrain
         UnsupportedModelError: names the module that is in the way, and the way out.
     """
     kind = config.model_type
-    skeleton = _skeleton(config)
+    skeleton = _build_skeleton(config)
     for name, module in skeleton.named_modules():
         is_stateful = _STATEFUL.search(type(module).__name__) or (isinstance(module, nn.Conv1d) and "conv" in name)
         if name and is_stateful:
@@ -270,7 +269,7 @@ def refuse_by_skeleton(config: PreTrainedConfig, max_model_len: int) -> PreTrain
     return skeleton
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def _build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without its weights.
 
     Raises:
@@ -285,6 +284,16 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
     assert isinstance(skeleton, PreTrainedModel)
     return skeleton
+
+
+def load_skeleton(folder: Path) -> PreTrainedModel:
+    """The model that the config.json in `folder` describes, without weights.
+
+    Raises:
+        CheckpointError: there is no config.json, or it is none.
+        UnsupportedModelError: transformers does not know the model, or cannot build it.
+    """
+    return _build_skeleton(_load_config(folder, _read_config(folder, str(folder)), str(folder)))
 
 
 def _length_limit(config: PreTrainedConfig, wanted: int | None) -> int:
@@ -341,24 +350,8 @@ def _load_quantized(
     kind = DTYPES.get(dtype) or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16)
     expanded = expand(folder, files, stored, skeleton, kind)
     model = _load_model(folder, config, str(kind).removeprefix("torch."), weights=expanded.tensors)
-    weights, notes = match_parameters(expanded, model, stored.label, _expert_weights(skeleton))
+    weights, notes = match_parameters(expanded, model, stored.label, expert_weights(skeleton))
     return model, Quantized(stored.label, weights, stored.kv_cache, (*stored.notes, *notes))
-
-
-def _expert_weights(skeleton: PreTrainedModel) -> dict[str, list[str]]:
-    """Parameters [G, N, K] -> the checkpoint's matrices that transformers makes them of, in the order of their rows.
-
-    Found by undoing what transformers does, on the numbers of the rows instead of their values.
-    """
-    found = {}
-    for name, value in skeleton.named_parameters():
-        if value.dim() == 3:
-            rows = torch.arange(value.shape[0] * value.shape[1]).view(*value.shape[:2], 1)
-            parts = revert_weight_conversion(skeleton, {name: rows})
-            order = sorted(parts, key=lambda part: int(parts[part].flatten()[0]))
-            if torch.equal(torch.cat([parts[part].flatten() for part in order]), rows.flatten()) and len(parts) > 1:
-                found[name] = order
-    return found
 
 
 def _load_model(
@@ -401,62 +394,6 @@ def _load_model(
         )
     assert isinstance(model, PreTrainedModel)
     return model.requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class CheckpointNames:
-    """Weights of a model as its checkpoint names them; transformers renames some as it loads them, and merges experts.
-
-    Attributes:
-        plain: weights by the checkpoint's names.
-        modules: name of a parameter that is given in another form -> the checkpoint's module that it is in.
-        tied: modules whose weight is another module's.
-    """
-
-    plain: dict[str, torch.Tensor]
-    modules: dict[str, str]
-    tied: tuple[str, ...]
-
-
-def checkpoint_names(folder: Path, plain: Mapping[str, torch.Tensor], coded: Collection[str]) -> CheckpointNames:
-    """Name weights as their checkpoint does.
-
-    Args:
-        folder: holds the config.json.
-        plain: weights by the names of the model's parameters; what is no parameter is left out.
-        coded: names of parameters that are given in another form.
-
-    Raises:
-        UnsupportedModelError: transformers cannot build the model.
-        UsageError: a weight is missing, or one of `coded` is several modules'.
-    """
-    skeleton = _skeleton(_load_config(folder, _read_config(folder, str(folder)), str(folder)))
-    kept, places = set(skeleton.state_dict()), dict[int, list[str]]()
-    for name, value in [*skeleton.named_parameters(remove_duplicate=False), *skeleton.named_buffers()]:
-        if name in kept:  # or else a table that the model computes
-            places.setdefault(id(value), []).append(name)
-    weights, tied = {}, []
-    for names in places.values():
-        tied += names[1:]
-        given = [name for name in names if name in coded]
-        if given and len(names) > 1:
-            raise UsageError(
-                f"{given[0]} cannot be exported: it is quantized and tied ({' and '.join(names)} are one weight), which other "
-                "tools do not take; compile with lm_head and embedding in full precision"
-            )
-        found = next((plain[name] for name in names if name in plain), None)
-        if found is None and not given:
-            raise UsageError(
-                f"{names[0]} cannot be exported: the artifact does not hold it, as nothing computes with it"
-            )
-        if found is not None and not given:
-            weights[names[0]] = found
-    renamed = {name: next(iter(revert_weight_conversion(skeleton, {name: torch.empty(0)}))) for name in coded}
-    return CheckpointNames(
-        plain=dict(revert_weight_conversion(skeleton, weights)),
-        modules={name: found.removesuffix(".weight") for name, found in renamed.items()},
-        tied=tuple(name.removesuffix(".weight") for name in tied),
-    )
 
 
 def load_tokenizer(folder: Path) -> TokenizerData | None:

@@ -22,7 +22,8 @@ from ..runtime.manifest import Manifest, QuantizedLayer
 from ..runtime.ops.quantized import StoredWeight, pack_bits
 from ..runtime.scheme import QuantizationArgs, Scheme
 from ..runtime.unpack import plain_weights, stored_weights
-from .checkpoint import CheckpointNames, checkpoint_names, read_json
+from .checkpoint import load_skeleton, read_json
+from .names import CheckpointNames, checkpoint_names
 from .package import CHECKPOINT_FOLDER, write_checkpoint, writing
 
 FORMATS = ("compressed-tensors",)
@@ -55,7 +56,7 @@ def export(artifact: Path | str, output: Path | str, *, format: str = "compresse
     if f"{CHECKPOINT_FOLDER}/config.json" not in opened.manifest.files:
         raise UsageError(f"{artifact}: was compiled from a module; only the artifacts of checkpoints are exported")
     stored = {layer.record.name: layer for layer in _layers(opened)}
-    names = checkpoint_names(opened.file(CHECKPOINT_FOLDER), plain_weights(opened), stored)
+    names = checkpoint_names(load_skeleton(opened.file(CHECKPOINT_FOLDER)), plain_weights(opened), stored)
     layers = {names.modules[name]: layer for name, layer in stored.items()}
     tensors = dict(names.plain)
     for module, layer in layers.items():

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 import optc
 from optc.cli import main
 from optc.errors import ArtifactError, UsageError
-from optc.optimizer.checkpoint import checkpoint_names, load_checkpoint
+from optc.optimizer.checkpoint import load_checkpoint, load_skeleton
 from optc.optimizer.export import _has_no_place, export
+from optc.optimizer.names import checkpoint_names
 from optc.passes.quantize.given import name_schemes
 from optc.passes.quantize.recipe import Recipe, Rule
 from optc.runtime.artifact import Artifact, open_artifact
@@ -178,7 +179,7 @@ def test_names_of_weights_that_the_model_merges(tmp_path: Path) -> None:
     expected = load_file(source / "model.safetensors")
     coded = "model.layers.0.self_attn.q_proj.weight"
     plain = {name: value for name, value in load_reference(source).state_dict().items() if name != coded}
-    names = checkpoint_names(source, plain, [coded])
+    names = checkpoint_names(load_skeleton(source), plain, [coded])
     assert names.modules == {coded: "model.layers.0.self_attn.q_proj"}
     assert names.plain.keys() == expected.keys() - {coded}
     assert all(torch.equal(value, expected[name]) for name, value in names.plain.items())
@@ -187,13 +188,13 @@ def test_names_of_weights_that_the_model_merges(tmp_path: Path) -> None:
 def test_a_tied_weight_is_refused(tmp_path: Path) -> None:
     LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True}).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"embed_tokens.weight cannot be exported: it is quantized and tied"):
-        checkpoint_names(tmp_path, {}, ["model.embed_tokens.weight"])
+        checkpoint_names(load_skeleton(tmp_path), {}, ["model.embed_tokens.weight"])
 
 
 def test_a_weight_that_is_missing(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"embed_tokens.weight cannot be exported: the artifact does not hold it"):
-        checkpoint_names(tmp_path, {}, [])
+        checkpoint_names(load_skeleton(tmp_path), {}, [])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ ALLOWED = {
 }
 # Third-party packages that only these modules may import.
 ONLY_IN = {
-    "transformers": ("optimizer.checkpoint", "optimizer.capture", "optimizer.intercept"),
+    "transformers": ("optimizer.checkpoint", "optimizer.names", "optimizer.capture", "optimizer.intercept"),
     "huggingface_hub": ("optimizer.checkpoint",),
     "peft": (),
     "triton": ("runtime.ops",),
