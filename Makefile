@@ -11,11 +11,14 @@ demo: $(INSTALLED)
 	$(BIN)/optc compile examples/tiny-llama -o build/tiny.optc --force
 	$(BIN)/optc run build/tiny.optc -p "def read_lines(path):" -n 96 --temperature 0.7 --top-p 0.9 --seed 7
 
+# One process a core, each with one thread: files are dealt out whole, so that they keep what they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
