@@ -60,6 +60,9 @@ def change(folder: Path, **fields: Any) -> None:
 # ------------------------------------------------------------------------------------------------- damaged files
 
 NATIVE_FILES = [
+    "checkpoint/config.json",
+    "checkpoint/generation_config.json",
+    "checkpoint/tokenizer_config.json",
     "code/native/kernels.so",
     "code/native/step.pt2",
     "program/score.json",
@@ -143,18 +146,18 @@ def test_what_is_no_artifact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (2, "update optc"),
+        (3, "update optc"),
         (999, "update optc"),
-        (0, "compile the model again"),
+        (1, "compile the model again"),
         (-1, "compile"),
-        ("1", "compile"),
+        ("2", "compile"),
         (None, "compile"),
     ],
 )
 def test_schema_versions(version: object, way_out: str, editable: Path) -> None:
     change(editable, schema_version=version)
     with pytest.raises(
-        ArtifactError, match=rf"manifest\.json: schema version {version!r}; this runtime reads 1: {way_out}"
+        ArtifactError, match=rf"manifest\.json: schema version {version!r}; this runtime reads 2: {way_out}"
     ):
         open_artifact(editable)
 
@@ -627,7 +630,7 @@ def test_a_full_disk(where: str, checkpoint: Path, tmp_path: Path, monkeypatch: 
     if where == "weights":
         monkeypatch.setattr(safetensors.torch, "save_file", full)
     elif where == "manifest":
-        monkeypatch.setattr("optc.optimizer.compile.write_manifest", full)
+        monkeypatch.setattr("optc.optimizer.assemble.write_manifest", full)
     else:
         monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(

@@ -323,7 +323,7 @@ def test_what_the_sandbox_hides_is_empty(template: str, make: Callable[..., Toke
         [{"role": "user", "content": object()}],
         [{"role": "user", "content": {1, 2}}],
     ],
-    ids=str,
+    ids=lambda messages: str(messages).partition(" at 0x")[0],
 )
 def test_malformed_messages(messages: Any, make: Callable[..., Tokenizer]) -> None:
     with pytest.raises(RequestError, match="messages"):
