@@ -65,8 +65,10 @@ TARGETS: dict[str, Target] = {
         _cuda("b200", "sm_100", 180, 8000, float16=2250, bfloat16=2250, int8=4500, fp8=4500),
         Target(name="cpu-avx2", device="cpu", architecture="avx2"),
         Target(name="cpu-avx512", device="cpu", architecture="avx512"),
-        # Matrix products go through oneDNN, which takes AMX where it finds it; optc's own code is AVX-512.
-        Target(name="cpu-amx", device="cpu", architecture="avx512"),
+        Target(name="cpu-avx512-vnni", device="cpu", architecture="avx512_vnni"),
+        Target(name="cpu-avx512-bf16", device="cpu", architecture="avx512_bf16"),
+        # optc's own kernels have no AMX yet; processors with AMX have all that these use.
+        Target(name="cpu-amx", device="cpu", architecture="avx512_bf16"),
         Target(name="cpu-generic", device="cpu", architecture="generic"),
     )
 }

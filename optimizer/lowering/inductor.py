@@ -26,7 +26,13 @@ from ...passes.graph import Program, get_weight
 from ...runtime.ops.kernels import REQUIRED_FLAGS
 from ..targets import Target
 
-_MARCH = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "generic": "x86-64"}
+_MARCH = {
+    "avx512_bf16": "x86-64-v4",
+    "avx512_vnni": "x86-64-v4",
+    "avx512": "x86-64-v4",
+    "avx2": "x86-64-v3",
+    "generic": "x86-64",
+}
 # Compiler flag of Inductor's instruction sets -> the feature as /proc/cpuinfo names it.
 _EXTRA_FEATURES = {
     "-mavx512vnni": "avx512_vnni",
@@ -104,10 +110,10 @@ def _instruction_set(target: Target) -> Iterator[set[str]]:
     features = set(REQUIRED_FLAGS[isa])
     with contextlib.ExitStack() as stack:
         patch: dict[str, Any] = {}
-        if target.name == "native" and isa == "avx512":
+        if target.name == "native" and isa.startswith("avx512"):
             found = str(cpu_vec_isa.pick_vec_isa().build_arch_flags())
             features |= {feature for flag, feature in _EXTRA_FEATURES.items() if flag in found.split()}
-        elif isa == "avx512":
+        elif isa.startswith("avx512"):
             plain = cpu_vec_isa.VecAVX512()
             flags = plain._arch_flags
             stack.enter_context(mock.patch.object(cpu_vec_isa.VecAVX512, "build_arch_flags", lambda self: flags))

@@ -23,7 +23,13 @@ from ...runtime.ops.kernels import REQUIRED_FLAGS
 
 SOURCES = Path(ops.__file__).parent / "cpu"
 
-_MARCH = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "generic": "-march=x86-64"}
+_MARCH = {
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx2": ["-march=x86-64-v3"],
+    "generic": ["-march=x86-64"],
+}
 
 # The oldest torch that optc supports, in the form torch/csrc/stable/version.h asks for: newer functions stay unused.
 _TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -32,7 +38,7 @@ _WAY_OUT = "install g++ 11 or newer (or point CXX at one), or compile with --bac
 
 
 def build_kernels(isa: str) -> Path:
-    """Compile the kernels for `isa` ("avx512", "avx2" or "generic") and return the path of the shared library.
+    """Compile the kernels for `isa`, a key of `REQUIRED_FLAGS`, and return the path of the shared library.
 
     Takes a few seconds once, and then comes from the cache: $OPTC_CACHE, else $XDG_CACHE_HOME/optc, else ~/.cache/optc.
     The compiler is $CXX, else g++. Cross-compiling to another x86-64 instruction set works on any x86-64 machine.
@@ -73,7 +79,7 @@ def _command(isa: str) -> list[str]:
     options = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     include = Path(torch.__file__).parent / "include"
     defines = [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
-    march = [_MARCH[isa]] if is_x86 else []
+    march = _MARCH[isa] if is_x86 else []
     return [*shlex.split(os.environ.get("CXX", "g++")), *options, *march, *defines, f"-isystem{include}"]
 
 

@@ -21,9 +21,17 @@ from . import attention  # noqa: F401  the ops must be defined before kernels at
 
 _AVX2 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_VNNI = _AVX512 | {"avx512_vnni"}
 
-# What /proc/cpuinfo must list for each instruction set, best first: the x86-64-v4 and v3 levels of the x86 ABI.
-REQUIRED_FLAGS: dict[str, frozenset[str]] = {"avx512": _AVX512, "avx2": _AVX2, "generic": frozenset()}
+# What /proc/cpuinfo must list for each instruction set, best first: the x86-64-v4 and v3 levels of the x86 ABI, the former
+# also with dot products of 8-bit integers (Cascade Lake, Ice Lake), and of bfloat16 as well (Sapphire Rapids, Zen 4).
+REQUIRED_FLAGS: dict[str, frozenset[str]] = {
+    "avx512_bf16": _VNNI | {"avx512_bf16"},
+    "avx512_vnni": _VNNI,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "generic": frozenset(),
+}
 
 logger = logging.getLogger("optc")
 _lock = threading.Lock()
@@ -48,7 +56,7 @@ def supports(isa: str) -> bool:
 
 
 def host_isa() -> str:
-    """The best of "avx512", "avx2" and "generic" that this machine runs."""
+    """The best of `REQUIRED_FLAGS` that this machine runs."""
     return next(isa for isa in REQUIRED_FLAGS if supports(isa))
 
 
