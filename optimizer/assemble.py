@@ -47,7 +47,12 @@ def write_artifact(
         write_program(folder / file, encoded[file])
     with progress.stage("write weights"):
         constants = write_weights(
-            folder, step.weights() | score.weights(), score.sources | step.sources, score.layouts | step.layouts
+            folder,
+            step.weights() | score.weights(),
+            score.sources | step.sources,
+            score.layouts | step.layouts,
+            score.merged | step.merged,
+            score.panels | step.panels,
         )
     native = (_lower(folder, step, config, progress),) if config.backend == "inductor" else ()
     tokenizer = _write_tokenizer(folder, captured.checkpoint)
@@ -109,6 +114,7 @@ def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progres
         )
     from .lowering.inductor import compile_step, constant_names
     from .lowering.native import build_kernels
+    from .lowering.shims import shims_digest
 
     code = folder / "code" / target.name
     code.mkdir(parents=True)
@@ -126,6 +132,7 @@ def _lower(folder: Path, step: Program, config: CompileConfig, progress: Progres
         constants={code_name: name for name, code_name in constant_names(step).items()},
         step=f"code/{target.name}/step.pt2",
         kernels=f"code/{target.name}/kernels.so",
+        shims=shims_digest(),
     )
 
 

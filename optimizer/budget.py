@@ -189,13 +189,14 @@ def scheme_options(default: str, group: Group, budget: Budget) -> list[str]:
 
     Three bits only if nothing else is that small: they cost much accuracy, and are no faster.
     """
-    if not default.startswith("w4a16"):
+    width = default.partition("-")[0]
+    if width not in ("w4a16", "w4a8g"):
         return [default, KEEP]
     sizes = [f"g{size}" for size in reversed(GROUPS) if group.columns % size == 0] or ["channel"]
-    names = [f"w4a16-{size}" for size in sizes]
+    names = [f"{width}-{size}" for size in sizes]
     if budget.bits is not None and budget.bits < find_scheme(names[0]).weights.bits_per_weight:
         names += [f"w3a16-{size}" for size in sizes]
-    return [*names, "w8a16", KEEP]
+    return [*names, "w8a16" if width == "w4a16" else "w8a8g-channel", KEEP]
 
 
 def _groups(program: Program, recipe: Recipe) -> list[Group]:

@@ -25,7 +25,7 @@ from .captured import Captured, capture_checkpoint, capture_plain_module
 from .config import Backend, CompileConfig
 from .evaluate import Windows, evaluate_windows, load_reference, make_windows, read_text
 from .package import check_output, writing
-from .pipeline import float_passes, quantize_passes, step_passes
+from .pipeline import float_passes, kernel_passes, quantize_passes, step_passes
 from .progress import Progress
 from .quantization import PRESETS, given_recipe, make_recipe
 from .targets import find_target
@@ -114,7 +114,13 @@ def compile(
         backend=backend,
         dtype=dtype,
         adapter=Path(adapter) if adapter is not None else None,
-        recipe=make_recipe(quantize, hardware, algorithm=algorithm, kv_cache=kv_cache),
+        recipe=make_recipe(
+            quantize,
+            hardware,
+            algorithm=algorithm,
+            kv_cache=kv_cache,
+            with_head=budget is None or quantize not in PRESETS,
+        ),
         calibration=Path(calibration) if calibration is not None else None,
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
@@ -179,6 +185,8 @@ def _build(captured: Captured, config: CompileConfig, progress: Progress) -> Pat
             budget_record = budget_record or check_budget(original, score, config.budget, samples)
             assert score.quantization is not None
             score.quantization = score.quantization.model_copy(update={"budget": budget_record})
+    with progress.stage("kernel passes"):
+        run(score, kernel_passes(config), "kernels")
     step = score.copy()
     with progress.stage("step program"):
         run(step, step_passes(config), "step")

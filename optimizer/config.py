@@ -58,3 +58,8 @@ class CompileConfig:
     verify: bool = True
     block_size: int = 32
     max_model_len: int | None = None
+
+    @property
+    def uses_cpu_kernels(self) -> bool:
+        """Whether the artifact gets optc's own CPU kernels, and so the ops and layouts that only they run fast."""
+        return self.backend == "inductor" and self.target.isa is not None and self.target.can_build_here()

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..runtime.artifact import MANIFEST, file_sha256
-from ..runtime.manifest import ConstantRecord, FileRecord, Layout, Manifest
+from ..runtime.manifest import ConstantRecord, FileRecord, Layout, Manifest, PanelsRecord, RowsRecord
 
 SHARD_BYTES = 5 * 10**9
 CHECKPOINT_FOLDER = "checkpoint"
 _ALL_PLAIN: Mapping[str, Layout] = {}
+_NOT_MERGED: Mapping[str, tuple[RowsRecord, ...]] = {}
+_NOT_PACKED: Mapping[str, PanelsRecord] = {}
 
 
 @contextmanager
@@ -150,11 +152,16 @@ def _replace(temporary: Path, output: Path) -> None:
 
 
 def write_weights(
-    folder: Path, weights: dict[str, Tensor], sources: dict[str, str], layouts: Mapping[str, Layout] = _ALL_PLAIN
+    folder: Path,
+    weights: dict[str, Tensor],
+    sources: dict[str, str],
+    layouts: Mapping[str, Layout] = _ALL_PLAIN,
+    merged: Mapping[str, tuple[RowsRecord, ...]] = _NOT_MERGED,
+    panels: Mapping[str, PanelsRecord] = _NOT_PACKED,
 ) -> dict[str, ConstantRecord]:
     """Write the weights as safetensors, in shards of at most 5 GB, in their order; equal weights give equal bytes.
 
-    `sources` and `layouts` are those of `passes.graph.Program`: a weight that is not in them is the checkpoint's, as is.
+    `sources` and the rest are those of `passes.graph.Program`: a weight that is not in them is the checkpoint's, as is.
     """
     records: dict[str, ConstantRecord] = {}
     for file, shard in _shards(weights, "weights").items():
@@ -167,6 +174,8 @@ def write_weights(
                 shape=tuple(weight.shape),
                 source=sources.get(name, name),
                 layout=layouts.get(name, "plain"),
+                merged=merged.get(name, ()),
+                panels=panels.get(name),
             )
     return records
 

@@ -12,6 +12,8 @@ from ..passes.base import Pass
 from ..passes.canonicalize import Canonicalize
 from ..passes.gather_logits import GatherLogits
 from ..passes.kv_cache import KVCache
+from ..passes.merge_linears import MergeLinears
+from ..passes.pack_weights import PackWeights
 from ..passes.paged_attention import PagedAttention
 from ..passes.quantize.awq import AWQ
 from ..passes.quantize.calibrate import Calibration
@@ -50,6 +52,13 @@ def quantize_passes(
     if config.recipe is None:
         return []
     return [Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)]
+
+
+def kernel_passes(config: CompileConfig) -> list[Pass]:
+    """Passes for both programs that bring them into the form optc's CPU kernels run; none for other targets."""
+    if not config.uses_cpu_kernels:
+        return []
+    return [MergeLinears(), PackWeights()]
 
 
 def step_passes(config: CompileConfig) -> list[Pass]:

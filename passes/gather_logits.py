@@ -22,6 +22,7 @@ _ROW_WISE = {
     aten._to_copy.default,
     aten.clone.default,
 }
+_LINEARS = (aten.linear.default, torch.ops.optc.linear_quantized.default, torch.ops.optc.linear_packed.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +71,5 @@ def _find_head(logits: fx.Node) -> fx.Node | None:
         if any(other.op != "get_attr" or value_of(other).dim() > 1 for other in others):
             return None
         node = node.args[0]
-    is_linear = node.target in (aten.linear.default, torch.ops.optc.linear_quantized.default)
+    is_linear = node.target in _LINEARS
     return node if is_linear and value_of(node).dim() == 3 else None

@@ -14,7 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ..runtime.manifest import KVCacheSpec, Layout, ProgramSpec, Quantization, TensorSpec
+from ..runtime.manifest import KVCacheSpec, Layout, PanelsRecord, ProgramSpec, Quantization, RowsRecord, TensorSpec
 
 # A distinct prime for each symbol: equal hints would be taken for the same symbol, 0 and 1 would be specialised.
 _HINTS = (7, 3, 5, 11, 13, 17, 19, 23, 29, 31)
@@ -33,6 +33,8 @@ class Program:
         kv_cache: geometry of each layer's cache, in the order of the layers.
         sources: checkpoint name of each weight; a weight made by a pass names what it was made from.
         layouts: how a weight made by a pass lies beside its source; all others are plain.
+        merged: of a weight that several were merged into: what its rows are, in order.
+        panels: how a weight lies in panels; all others are not packed.
         quantization: what was quantized; none before that pass.
     """
 
@@ -43,6 +45,8 @@ class Program:
     kv_cache: list[KVCacheSpec] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    merged: dict[str, tuple[RowsRecord, ...]] = field(default_factory=dict)
+    panels: dict[str, PanelsRecord] = field(default_factory=dict)
     quantization: Quantization | None = None
 
     @property
@@ -69,6 +73,8 @@ class Program:
             list(self.kv_cache),
             dict(self.sources),
             dict(self.layouts),
+            dict(self.merged),
+            dict(self.panels),
             self.quantization,
         )
 
@@ -102,6 +108,14 @@ def set_weight(program: Program, name: str, value: Tensor, *, layout: Layout) ->
     module.register_buffer(leaf, value)
     program.sources.setdefault(name, name)
     program.layouts[name] = layout
+
+
+def remove_weight(program: Program, name: str) -> None:
+    """Forget a weight that no node names any more; a copied program keeps it."""
+    owner, _, leaf = name.rpartition(".")
+    delattr(program.module.get_submodule(owner), leaf)
+    program.sources.pop(name, None)
+    program.layouts.pop(name, None)
 
 
 def add_input(program: Program, spec: TensorSpec) -> fx.Node:

@@ -20,7 +20,6 @@ from ..runtime.ops.attention import LARGEST_CODE
 from .graph import Program, get_weight
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_ROUNDS_ACTIVATIONS = (torch.ops.optc.linear_quantized.default, torch.ops.optc.grouped_mm_quantized.default)
 _BLOCK_SIZE = 4
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -30,7 +29,7 @@ def run_float32(
 ) -> list[Tensor]:
     """The first output of a graph of any dtype, computed in float32, for each list of inputs.
 
-    Quantized linear layers and experts take their activations as they are: rounding them would turn the last bit of a
+    Ops that round activations take them as they are: rounding them would turn the last bit of a
     sum into a whole step, and the check could not tell a wrong graph from another order of additions. `replaced` are
     weights to compute with in place of those of the same name.
 
@@ -54,7 +53,7 @@ def run_float32(
             elif node.op == "call_function":
                 known = {**environment, **weights} if weights else environment
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-                if node.target in _ROUNDS_ACTIVATIONS:
+                if rounds_activations(node.target):
                     args = (*args[:-1], "none")
                 environment[node] = node.target(*float32_arguments(args), **float32_arguments(kwargs))
             for used in node.all_input_nodes:
@@ -62,6 +61,15 @@ def run_float32(
                     environment.pop(used, None)
     result = module.graph.output_node().args[0][0]  # type: ignore[index]
     return [environment[result].float() for environment in environments]  # type: ignore[index]
+
+
+def rounds_activations(target: Any) -> bool:
+    """Whether an op rounds activations as its last argument says, such as `int8-token`; none says that it does not."""
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target._schema.arguments[-1:] != []
+        and (target._schema.arguments[-1].name == "activation")
+    )
 
 
 def widen(value: Tensor) -> Tensor:

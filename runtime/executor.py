@@ -66,7 +66,7 @@ class Executor:
         if code.step is None or code.kernels is None:
             lacking = "step program" if code.step is None else "kernels library"
             raise ArtifactError(f"{artifact.file(MANIFEST)}: ready code without a {lacking}; compile the model again")
-        load_kernels(artifact.file(code.kernels))
+        load_kernels(artifact.file(code.kernels), code.shims)
         path = artifact.file(code.step)
         try:
             loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
@@ -100,10 +100,10 @@ class Executor:
 
 
 def usable_code(artifact: Artifact) -> NativeCode | None:
-    """The artifact's native code; None, with the reason logged, where it has none to run yet.
+    """The artifact's native code; None, with the reason logged, where it has none that this processor can run.
 
     Raises:
-        ArtifactError: there is code, for another processor or another torch.
+        ArtifactError: there is code for another torch.
     """
     manifest = artifact.manifest
     if manifest.backend == "eager":
@@ -118,9 +118,14 @@ def usable_code(artifact: Artifact) -> NativeCode | None:
     code = ready[0]
     way_out = "compile the model again for this machine, or run the portable program with native=False (--no-native)"
     if lacking := sorted(set(code.cpu_features) - cpu_flags()):
-        raise ArtifactError(
-            f"{artifact.path}: the code for {code.target} needs {', '.join(lacking)}, which this processor lacks; {way_out}"
+        logger.warning(
+            "%s: the code for %s needs %s, which this processor lacks; running the portable program, which is slow; compile "
+            "the model again for this machine",
+            artifact.path,
+            code.target,
+            ", ".join(lacking),
         )
+        return None
     version = ".".join(torch.__version__.split(".")[:2])
     if code.torch_version != version:
         raise ArtifactError(

@@ -11,7 +11,7 @@ from pydantic import Field
 from .record import Record
 from .scheme import QuantizationArgs, Scheme
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 Dim = int | str
 """A size, or the name of a symbol whose range is in `ProgramSpec.symbols`."""
@@ -73,6 +73,23 @@ weight makes up for; folded-transposed: both; quantized: a part of a quantized w
 """
 
 
+class RowsRecord(Record):
+    """Rows of a merged constant, and the checkpoint's tensor that they are."""
+
+    source: str
+    layout: Layout
+    rows: int
+
+
+class PanelsRecord(Record):
+    """A constant in panels of 32 rows; `runtime.ops.packed` has the layout, and undoes it."""
+
+    kind: Literal["matrix", "groups"] = Field(description="codes or numbers [rows, columns], or scales or zero points")
+    bits: int
+    rows: int
+    columns: int
+
+
 class ConstantRecord(Record):
     """Where a program constant lies: the tensor of this name in this safetensors file."""
 
@@ -81,6 +98,12 @@ class ConstantRecord(Record):
     shape: tuple[int, ...]
     source: str = Field(description="name of the checkpoint's tensor it was made from")
     layout: Layout = Field(description="how it lies beside that tensor")
+    merged: tuple[RowsRecord, ...] = Field(
+        default=(), description="of one made of several tensors, their rows one below the other; in place of source"
+    )
+    panels: PanelsRecord | None = Field(
+        default=None, description="how it is packed, for native code; null if it is not"
+    )
 
 
 Role = Literal["attention", "mlp", "lm_head", "embedding", "router", "medusa"]
@@ -100,6 +123,9 @@ class QuantizedLayer(Record):
     algorithm: str = Field(description="how the codes were chosen")
     constants: dict[str, str] = Field(
         description="part (codes, scale, zero, group_index, input_scale) -> the constant that holds it"
+    )
+    first_row: int = Field(
+        default=0, description="where its rows start in the constants, which may hold other weights' too"
     )
     bits_per_weight: float = Field(description="all parts but input_scale")
     error: float | None = Field(description="root mean square of the change of the weight, over that of the weight")
@@ -210,6 +236,7 @@ class NativeCode(Record):
     constants: dict[str, str] = Field(description="the code's constant -> the artifact's")
     step: str | None
     kernels: str | None
+    shims: str | None = Field(default=None, description="digest of the kernels' C functions that the code calls")
     reason: str | None = Field(default=None, description="why it is pending")
 
 
@@ -255,7 +282,7 @@ class Versions(Record):
 class Manifest(Record):
     """All that a runtime has to know about an artifact before it loads anything."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     identity: str = Field(
         description="sha256 over everything that decides the tokens; equal inputs give equal identities"
     )

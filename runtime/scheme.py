@@ -6,7 +6,9 @@ configs of other tools say the same thing in the same words. A scheme also has a
     w8a16, w8a8, w8a8-static                INT8 weights, one scale a row; activations as they are, 8 bits a token, static
     w8a16-g32                               INT8 weights, one scale for 32 weights of a row
     w4a16-g128, w4a16-g32-asym, w4a16-channel     INT4 weights; `asym` has zero points; group 32, 64, 128 or a row
-    w4a8-g128, ...                          the same with 8-bit activations; w3a16-...: three bits
+    w4a8-g128, ...                          the same with 8-bit activations, one scale a token; w3a16-...: three bits
+    w4a8g-g128, w8a8g-channel, ...          8-bit activations, one scale for each group of columns that the weights have (128
+                                            columns where they have one scale a row): what CPU kernels take
     fp8-weight                              E4M3 weights, one scale a row
     fp8-tensor, fp8-dynamic, fp8-block      E4M3 weights and activations: one static scale each; a row and a token; 128x128
 """
@@ -113,12 +115,13 @@ _FIXED = {
         input_activations=_FP8.model_copy(update={"strategy": "group", "group_size": 128, "dynamic": True}),
     ),
 }
-_GROUPED = re.compile(r"w([348])a(8|16)-(?:g(32|64|128)|channel)(-asym)?")
+_GROUPED = re.compile(r"w([348])a(8|8g|16)-(?:g(32|64|128)|channel)(-asym)?")
+_ACTIVATION_GROUP = 128  # of weights that have none
 
 
 def scheme_names() -> list[str]:
     """Every name that `find_scheme` knows."""
-    widths = ["w8a16", "w4a16", "w4a8", "w3a16"]
+    widths = ["w8a16", "w8a8g", "w4a16", "w4a8", "w4a8g", "w3a16"]
     grouped = [f"{width}-g{group}" for width in widths for group in GROUPS]
     grouped += [f"{width}-channel" for width in widths if width != "w8a16"]
     return [*_FIXED, *(name for base in grouped for name in (base, f"{base}-asym"))]
@@ -146,4 +149,5 @@ def find_scheme(name: str) -> Scheme:
         strategy="group" if group else "channel",
         group_size=int(group) if group else None,
     )
-    return Scheme(weights=weights, input_activations=_INT8_TOKEN if activation == "8" else None)
+    grouped = QuantizationArgs(strategy="group", group_size=weights.group_size or _ACTIVATION_GROUP, dynamic=True)
+    return Scheme(weights=weights, input_activations={"16": None, "8": _INT8_TOKEN, "8g": grouped}[activation])

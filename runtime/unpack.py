@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ..errors import ArtifactError
 from .artifact import Artifact
-from .manifest import ConstantRecord, QuantizedLayer
-from .ops.quantized import StoredWeight
+from .manifest import ConstantRecord, Layout, QuantizedLayer, RowsRecord
+from .ops.packed import unpack_groups, unpack_matrix
+from .ops.quantized import QuantizedWeight, StoredWeight
+from .scheme import QuantizationArgs
 
 
 def unpack(artifact: Artifact) -> dict[str, Tensor]:
@@ -39,10 +43,14 @@ def plain_weights(artifact: Artifact) -> dict[str, Tensor]:
     constants = artifact.constants()
     weights: dict[str, Tensor] = {}
     for name, record in artifact.manifest.constants.items():
-        # A source may be stored twice, for uses that want it differently; the plain one is the checkpoint's own.
-        if record.layout == "quantized" or (record.source in weights and record.layout != "plain"):
+        if record.layout == "quantized":
             continue
-        weights[record.source] = _undo(artifact, name, record, constants)
+        stored = _unpacked(constants[name], record)
+        parts = record.merged or (RowsRecord(source=record.source, layout=record.layout, rows=len(stored)),)
+        for part, rows in zip(parts, stored.split([part.rows for part in parts]), strict=True):
+            # A source may be stored twice, for uses that want it differently; the plain one is the checkpoint's own.
+            if part.source not in weights or part.layout == "plain":
+                weights[part.source] = _turned(artifact, name, part.layout, rows)
     return weights
 
 
@@ -55,15 +63,18 @@ def stored_weights(artifact: Artifact) -> list[tuple[QuantizedLayer, StoredWeigh
     quantization = artifact.manifest.quantization
     if quantization is None:
         return []
-    constants = artifact.constants()
+    constants, records = artifact.constants(), artifact.manifest.constants
     found: list[tuple[QuantizedLayer, StoredWeight]] = []
     for layer in quantization.layers:
         try:
-            parts = {part: constants[name] for part, name in layer.constants.items()}
             args = quantization.schemes[layer.scheme].weights
-            stored = StoredWeight(
-                parts["codes"], parts["scale"], parts.get("zero"), parts.get("group_index"), args, layer.shape
-            )
+            if records[layer.constants["codes"]].panels is not None:
+                stored = _from_panels(layer, args, records, constants)
+            else:
+                parts = {part: constants[name] for part, name in layer.constants.items()}
+                stored = StoredWeight(
+                    parts["codes"], parts["scale"], parts.get("zero"), parts.get("group_index"), args, layer.shape
+                )
             stored.check()
         except (KeyError, ValueError) as error:
             raise ArtifactError(
@@ -73,13 +84,39 @@ def stored_weights(artifact: Artifact) -> list[tuple[QuantizedLayer, StoredWeigh
     return found
 
 
-def _undo(artifact: Artifact, name: str, record: ConstantRecord, constants: dict[str, Tensor]) -> Tensor:
-    stored = constants[name]
-    if not record.layout.endswith("transposed"):
+def _from_panels(
+    layer: QuantizedLayer,
+    args: QuantizationArgs,
+    records: Mapping[str, ConstantRecord],
+    constants: Mapping[str, Tensor],
+) -> StoredWeight:
+    (rows, columns), first = layer.shape, layer.first_row
+    block_rows, _ = args.block(rows, columns)
+
+    def part(which: str) -> Tensor:
+        name = layer.constants[which]
+        return _unpacked(constants[name], records[name])[first : first + rows]
+
+    zero = part("zero")[::block_rows] if "zero" in layer.constants else None
+    return QuantizedWeight(part("codes"), part("scale")[::block_rows].contiguous(), zero, None, args).pack()
+
+
+def _unpacked(stored: Tensor, record: ConstantRecord) -> Tensor:
+    """The constant as it was before it was packed."""
+    panels = record.panels
+    if panels is None:
+        return stored
+    if panels.kind == "groups":
+        return unpack_groups(stored, panels.rows)
+    return unpack_matrix(stored, panels.bits, panels.rows, panels.columns)
+
+
+def _turned(artifact: Artifact, name: str, layout: Layout, stored: Tensor) -> Tensor:
+    if not layout.endswith("transposed"):
         return stored
     if stored.dim() != 2:
         raise ArtifactError(
-            f"{artifact.path}: the constant {name} cannot be unpacked from layout {record.layout}: it is "
+            f"{artifact.path}: the constant {name} cannot be unpacked from layout {layout}: it is "
             f"{list(stored.shape)}, expected a matrix; compile the model again"
         )
     return stored.t().contiguous()

@@ -25,6 +25,7 @@ from ...errors import LoweringError
 from ...passes.graph import Program, get_weight
 from ...runtime.ops.kernels import REQUIRED_FLAGS
 from ..targets import Target
+from .shims import shims
 
 _MARCH = {
     "avx512_bf16": "x86-64-v4",
@@ -61,6 +62,7 @@ def compile_step(program: Program, target: Target, path: Path) -> tuple[str, ...
                 "aot_inductor.package_constants_in_so": False,
                 "cpp.march": _MARCH[target.isa] if platform.machine().lower() in ("x86_64", "amd64") else None,
                 "cpp.dynamic_threads": True,  # the machine that runs the code has another number of cores
+                "aot_inductor.custom_ops_to_c_shims": shims(),
             }
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     except Exception as error:

@@ -67,8 +67,8 @@ class Recipe(Record):
         transforms: rewrites of the float weights before that, in this order.
         rules: see above.
         kv_cache: int8, fp8, or none for the model's dtype.
-        adapt: where a scheme's group does not divide a layer's inputs, take the next smaller one that does; if off, that
-            is an error.
+        adapt: where a scheme's group does not divide a layer's inputs, take the next smaller one that does; where a weight
+            is both lm_head and embedding, do with it what is said of the head. If off, these are errors.
     """
 
     default: str = KEEP
@@ -205,6 +205,8 @@ def _roles(candidate: Candidate) -> tuple[Role, ...]:
 
 def _assign(recipe: Recipe, candidate: Candidate, name: str) -> Assignment | None:
     chosen = {role: _choose(recipe, role, name) for role in _roles(candidate)}
+    if recipe.adapt and candidate.is_tied:
+        del chosen["embedding"]
     schemes = {rule.scheme for rule in chosen.values()}
     if len(schemes) > 1:
         raise UsageError(
@@ -241,7 +243,7 @@ def _fit(name: str, candidate: Candidate, weight: str, *, adapt: bool) -> tuple[
         )
     smaller = [size for size in fitting if size < group]
     replaced = f"g{smaller[-1]}" if smaller else "channel"
-    adapted = name.replace(f"g{group}", replaced) if scheme.weights.num_bits < 8 or smaller else "w8a16"
+    adapted = "w8a16" if name.startswith("w8a16") and not smaller else name.replace(f"-g{group}", f"-{replaced}")
     return adapted, find_scheme(adapted)
 
 

@@ -1,5 +1,5 @@
 """The op vocabulary of optc's programs. Importing this package registers every op with PyTorch."""
 
-from . import attention, grouped_mm, quantized
+from . import attention, gated, grouped_mm, norm, packed, quantized, rope, rounded
 
-__all__ = ["attention", "grouped_mm", "quantized"]
+__all__ = ["attention", "gated", "grouped_mm", "norm", "packed", "quantized", "rope", "rounded"]

@@ -7,8 +7,10 @@ instead of the reference implementations.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
+import os
 import platform
 import threading
 from functools import cache
@@ -36,6 +38,7 @@ REQUIRED_FLAGS: dict[str, frozenset[str]] = {
 logger = logging.getLogger("optc")
 _lock = threading.Lock()
 _loaded_digest: str | None = None
+_loaded_shims: str | None = None
 
 
 @cache
@@ -65,16 +68,21 @@ def kernels_loaded() -> bool:
     return _loaded_digest is not None
 
 
-def load_kernels(path: Path) -> None:
+def load_kernels(path: Path, shims: str | None = None) -> None:
     """Register the kernels of the shared library at `path`.
 
     An op has one kernel per device, so the first library of a process stays: a later call with another file changes
     nothing and logs a warning. The path is still read, so that a missing file is never overlooked.
 
+    Args:
+        path: of the library.
+        shims: digest of the C functions that compiled programs call in it; None if none will be called.
+
     Raises:
-        ArtifactError: the file cannot be read, or is not a library that this process can load.
+        ArtifactError: the file cannot be read, is not a library that this process can load, or the library that is loaded
+            already has other C functions.
     """
-    global _loaded_digest
+    global _loaded_digest, _loaded_shims
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -82,13 +90,20 @@ def load_kernels(path: Path) -> None:
     with _lock:
         if _loaded_digest is not None:
             if digest != _loaded_digest:
+                if shims is not None and _loaded_shims not in (None, shims):
+                    raise ArtifactError(
+                        f"{path}: this process has the kernels of another version of optc, whose functions take other "
+                        "arguments; load the artifact in a process of its own, or compile both with the same version"
+                    )
                 logger.warning("%s: this process has other kernels already and keeps them", path)
             return
         try:
             torch.ops.load_library(path)
+            # Once more, so that compiled programs find its C functions.
+            ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
         except (OSError, RuntimeError) as error:
             raise ArtifactError(
                 f"cannot load the kernels library {path}: {error}. It was compiled for another machine or another "
                 f"version of torch (this is {torch.__version__}); compile the model again here"
             ) from error
-        _loaded_digest = digest
+        _loaded_digest, _loaded_shims = digest, shims

@@ -1,0 +1,309 @@
+// optc::linear_packed, optc::linear_packed_a8 and optc::embedding_packed on the CPU.
+//
+// A step of few rows reads each weight once. An output is the sum of the same products in the same order whatever rows and
+// outputs are computed beside it, on any number of threads.
+
+#include "panel_product.h"
+#include "shim.h"
+
+namespace optc {
+namespace {
+
+constexpr int64_t kTile = 256;  // rows of x that a panel meets at a time: they stay in the second-level cache
+
+// How many panels are worth waking a thread for.
+int64_t grain(const PackedWeight& weight, int64_t rows) {
+  return std::max<int64_t>(1, (32 << 10) / (weight.columns() * (4 + rows)));
+}
+
+// Runs multiply(panel, first row, rows, scales, zeros, c) for every panel and tile of rows, and writes c plus bias.
+template <typename T, typename F>
+void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, const std::optional<Tensor>& bias,
+                T* out, const F& multiply) {
+  const int64_t outputs = weight.outputs(), groups = weight.groups();
+  torch::stable::parallel_for(0, weight.panels(), grain(weight, rows), [&](int64_t begin, int64_t end) {
+    float* c = scratch<float, 0>((kTile + 2 * groups + 1) * kPanel);
+    float *scales = c + kTile * kPanel, *zeros = scales + groups * kPanel, *addend = zeros + groups * kPanel;
+    for (int64_t first = 0; first < rows; first += kTile) {
+      const int64_t count = std::min(kTile, rows - first);
+      for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t start = panel * kPanel, width = std::min<int64_t>(kPanel, outputs - start);
+        if (weight.has_codes()) weight.read_scales(panel, scales);
+        if (weight.has_zero()) weight.read_zeros(panel, zeros);
+        if (with_offset && weight.is_integer()) {
+          if (!weight.has_zero()) std::fill_n(zeros, groups * kPanel, 0.0f);
+          for (int64_t i = 0; i < groups * kPanel; i++) zeros[i] += static_cast<float>(weight.offset());
+        }
+        const bool has_zeros = weight.has_zero() || (with_offset && weight.is_integer());
+        multiply(panel, first, count, weight.has_codes() ? scales : nullptr, has_zeros ? zeros : nullptr, c);
+        if (bias) {
+          read_floats("bias", *bias, start, width, addend);
+          for (int64_t m = 0; m < count; m++)
+            for (int64_t n = 0; n < width; n++) c[m * kPanel + n] += addend[n];
+        }
+        for (int64_t m = 0; m < count; m++) store_row(c + m * kPanel, out + (first + m) * outputs + start, width);
+      }
+    }
+  });
+}
+
+template <typename T>
+void multiply_codes(const PackedWeight& weight, const RoundedRows& x, int64_t rows, const std::optional<Tensor>& bias,
+                    T* out) {
+  for_panels(weight, rows, false, bias, out,
+             [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
+               if (weight.store() == Store::kNibbles)
+                 integer_panel<NibbleStream>(weight, panel, x, first, count, scales, zeros, c);
+               else
+                 integer_panel<ByteStream>(weight, panel, x, first, count, scales, zeros, c);
+             });
+}
+
+template <typename Stream, typename T>
+void multiply_floats(const PackedWeight& weight, const typename Stream::X* x, int64_t stride, int64_t rows,
+                     const std::optional<Tensor>& bias, T* out) {
+  const int64_t columns = weight.columns();
+  const int64_t unit = unit_of(columns, weight.has_codes() ? weight.group() : columns, columns);
+  for_panels(weight, rows, true, bias, out,
+             [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
+               float_panel<Stream>(weight, panel, x + first * stride, stride, count, unit, scales, zeros, c);
+             });
+}
+
+// For each row, on several threads if it is worth it.
+template <typename F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (16 << 10) / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) f(m);
+  });
+}
+
+int32_t* sum_units(const RoundedRows& x, int64_t rows, int64_t columns) {
+  auto* sums = scratch<int32_t, 1>(rows * x.units);
+  for_rows(rows, columns, [&](int64_t m) {
+    for (int64_t u = 0; u < x.units; u++)
+      sums[m * x.units + u] = sum_codes(x.codes + m * x.stride + u * x.unit, std::min(x.unit, columns - u * x.unit));
+  });
+  return sums;
+}
+
+struct ActivationKind {
+  bool rounds = false, is_static = false;
+  int64_t step_columns = 0;
+
+  ActivationKind(const std::string& name, int64_t columns) : step_columns(columns) {
+    if (name == "none") return;
+    rounds = true, is_static = name == "int8-static";
+    if (name.rfind("int8-group", 0) == 0) step_columns = std::min<int64_t>(columns, std::atoll(name.c_str() + 10));
+    check(is_static || name == "int8-token" || (step_columns > 0 && name.rfind("int8-group", 0) == 0),
+          "unknown activation '", name, "', expected none, int8-token, int8-static or int8-group and a number");
+  }
+};
+
+template <typename T>
+void round_and_multiply(const PackedWeight& weight, const T* x, int64_t rows, const ActivationKind& kind,
+                        const std::optional<Tensor>& input_scale, const std::optional<Tensor>& bias, T* out) {
+  const int64_t columns = weight.columns(), width = round_up(columns, 8), step = kind.step_columns;
+  const int64_t per_row = (columns + step - 1) / step, unit = unit_of(columns, weight.group(), step);
+  auto* codes = scratch<int8_t, 2>(rows * width);
+  auto* steps = scratch<float, 3>(rows * per_row);
+  float given = 0;
+  if (kind.is_static) {
+    check(input_scale.has_value() && input_scale->numel() == 1, "activation 'int8-static' needs an input_scale of one number");
+    read_floats("input_scale", *input_scale, 0, 1, &given);
+  }
+  for_rows(rows, columns, [&](int64_t m) {
+    auto* values = scratch<float, 4>(columns);
+    load_row(x + m * columns, values, columns);
+    std::fill(codes + m * width + columns, codes + (m + 1) * width, 0);
+    for (int64_t g = 0; g < per_row; g++) {
+      const int64_t first = g * step, count = std::min(step, columns - first);
+      if (kind.is_static)
+        round_static(values + first, count, given, codes + m * width + first), steps[m * per_row + g] = given;
+      else
+        steps[m * per_row + g] = round_group(values + first, count, codes + m * width + first);
+    }
+  });
+  RoundedRows rounded{codes, width, steps, per_row, step, nullptr, unit, (columns + unit - 1) / unit};
+  rounded.sums = sum_units(rounded, rows, columns);
+  multiply_codes(weight, rounded, rows, bias, out);
+}
+
+// Rows of x as Stream::X, padded with zeros to a multiple of 8 columns; x itself where it is like that.
+template <typename To, typename T>
+const To* padded_rows(const T* x, int64_t rows, int64_t columns, int64_t width) {
+  if constexpr (std::is_same_v<To, T>)
+    if (width == columns) return x;
+  auto* to = scratch<To, 2>(rows * width);
+  for_rows(rows, columns, [&](int64_t m) {
+    if constexpr (std::is_same_v<To, T>)
+      std::memcpy(to + m * width, x + m * columns, columns * sizeof(T));
+    else
+      load_row(x + m * columns, to + m * width, columns);
+    std::fill(to + m * width + columns, to + (m + 1) * width, To(0.0f));
+  });
+  return to;
+}
+
+template <typename T>
+void multiply_as_they_are(const PackedWeight& weight, const T* x, int64_t rows, const std::optional<Tensor>& bias,
+                          T* out) {
+  const int64_t columns = weight.columns(), width = round_up(columns, 8);
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const bool exact = weight.store() == Store::kBFloat16 || (weight.has_codes() && (!weight.has_zero() || weight.has_integer_zero()));
+    if (exact)
+      return multiply_floats<PairStream>(weight, padded_rows<BFloat16>(x, rows, columns, width), width, rows, bias, out);
+  }
+#endif
+  multiply_floats<FloatStream>(weight, padded_rows<float>(x, rows, columns, width), width, rows, bias, out);
+}
+
+void check_bias(const std::optional<Tensor>& bias, int64_t outputs) {
+  if (!bias) return;
+  check_shape("bias", *bias, {outputs});
+  check(bias->is_cpu() && bias->is_contiguous(), "bias must be contiguous and on the CPU");
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+Tensor linear_packed(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& zero, const std::optional<Tensor>& input_scale,
+                     const std::optional<Tensor>& bias, int64_t outputs, int64_t bits, int64_t group,
+                     const std::string& activation) {
+  check(x_in.dim() > 0 && x_in.is_cpu(), "linear_packed expects x [..., K] on the CPU");
+  const Tensor x = as_contiguous(x_in);
+  const int64_t columns = x.size(x.dim() - 1);
+  const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
+  const ActivationKind kind(activation, columns);
+  check(!kind.rounds || weight.is_integer(), "activation '", activation, "' needs integer codes");
+  check_bias(bias, outputs);
+  dispatch_float("linear_packed", x.scalar_type(), [](auto) {});
+  Tensor out = new_tensor(with_last(x, outputs), x.scalar_type());
+  const int64_t rows = x.numel() / columns;
+  dispatch_float("linear_packed", x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const auto* from = static_cast<const T*>(x.const_data_ptr());
+    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    if (rows == 0) return;
+    if (kind.rounds)
+      round_and_multiply(weight, from, rows, kind, input_scale, bias, to);
+    else
+      multiply_as_they_are(weight, from, rows, bias, to);
+  });
+  return out;
+}
+
+Tensor linear_packed_a8(const Tensor& codes_in, const Tensor& steps_in, const Tensor& weight_in, const Tensor& scale_in,
+                        const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, int64_t outputs,
+                        int64_t bits, int64_t group, ScalarType dtype, const std::string& activation) {
+  check_dtype("codes", codes_in, ScalarType::Char);
+  check_dtype("steps", steps_in, ScalarType::Float);
+  check(codes_in.dim() > 0 && steps_in.dim() == codes_in.dim(), "linear_packed_a8 expects codes [..., K] and steps [..., G]");
+  const Tensor codes = as_contiguous(codes_in), steps = as_contiguous(steps_in);
+  const int64_t columns = codes.size(codes.dim() - 1), width = round_up(columns, 8), rows = codes.numel() / columns;
+  const std::optional<Tensor> scale = scale_in;
+  const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
+  const ActivationKind kind(activation, columns);
+  check(kind.rounds && weight.is_integer(), "linear_packed_a8 needs integer codes and activations");
+  const int64_t per_row = (columns + kind.step_columns - 1) / kind.step_columns;
+  check(steps.numel() == rows * per_row, "steps has ", steps.numel(), " elements, expected ", rows * per_row);
+  check_bias(bias, outputs);
+  Tensor out = new_tensor(with_last(codes, outputs), dtype);
+  if (rows == 0) return out;
+  const int64_t unit = unit_of(columns, weight.group(), kind.step_columns);
+  const auto* data = static_cast<const int8_t*>(codes.const_data_ptr());
+  RoundedRows rounded{padded_rows<int8_t>(data, rows, columns, width), width,
+                      static_cast<const float*>(steps.const_data_ptr()), per_row, kind.step_columns, nullptr,
+                      unit, (columns + unit - 1) / unit};
+  rounded.sums = sum_units(rounded, rows, columns);
+  dispatch_float("linear_packed_a8", dtype, [&](auto type) {
+    multiply_codes(weight, rounded, rows, bias, static_cast<decltype(type)*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor embedding_packed(const Tensor& ids_in, const Tensor& weight_in, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& zero, int64_t outputs, int64_t columns, int64_t bits, int64_t group,
+                        ScalarType dtype) {
+  const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
+  check_dtype("ids", ids_in, ScalarType::Long);
+  const Tensor ids = as_contiguous(ids_in);
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  const int64_t count = ids.numel(), groups = weight.groups(), run = run_of(weight.store());
+  for (int64_t i = 0; i < count; i++)
+    check(0 <= id[i] && id[i] < outputs, "id ", id[i], " is outside of a table of ", outputs, " rows");
+  std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
+  shape.push_back(columns);
+  Tensor out = new_tensor(shape, dtype);
+  dispatch_float("embedding_packed", dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(out.mutable_data_ptr());
+    for_rows(count, 32 * columns, [&](int64_t i) {
+      const int64_t panel = id[i] / kPanel, lane = id[i] % kPanel, h = lane / kHalf;
+      auto* scales = scratch<float, 0>(2 * groups * kPanel + round_up(columns, 8));
+      float *zeros = scales + groups * kPanel, *row = zeros + groups * kPanel;
+      if (weight.has_codes()) weight.read_scales(panel, scales);
+      std::fill_n(zeros, groups * kPanel, 0.0f);
+      if (weight.has_zero()) weight.read_zeros(panel, zeros);
+      for (int64_t k = 0; k < columns; k += run) {
+        float values[8 * kHalf];
+        expand_run(weight.store(), weight.panel(panel) + weight.position(k), h, nullptr, values, kHalf);
+        for (int64_t j = 0; j < std::min(run, columns - k); j++) {
+          const float value = values[j * kHalf + lane % kHalf];
+          const int64_t at = weight.has_codes() ? (k + j) / weight.group() * kPanel + lane : 0;
+          const float code = value - static_cast<float>(weight.offset());
+          row[k + j] = weight.has_codes() ? (code - zeros[at]) * scales[at] : value;
+        }
+      }
+      store_row(row, to + i * columns, columns);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace optc
+
+STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
+  m.impl("linear_packed", TORCH_BOX(&optc::linear_packed));
+  m.impl("linear_packed_a8", TORCH_BOX(&optc::linear_packed_a8));
+  m.impl("embedding_packed", TORCH_BOX(&optc::embedding_packed));
+}
+
+using optc::shim::borrow;
+
+OPTC_SHIM aoti_torch_cpu_linear_packed(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* scale,
+                                       AtenTensorHandle* zero, AtenTensorHandle* input_scale, AtenTensorHandle* bias,
+                                       int64_t outputs, int64_t bits, int64_t group, const char* activation,
+                                       AtenTensorHandle* out) {
+  return optc::shim::guarded("linear_packed", [&] {
+    optc::shim::give(optc::linear_packed(borrow(x), borrow(weight), borrow(scale), borrow(zero), borrow(input_scale),
+                                         borrow(bias), outputs, bits, group, activation),
+                     out);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_linear_packed_a8(AtenTensorHandle codes, AtenTensorHandle steps, AtenTensorHandle weight,
+                                          AtenTensorHandle scale, AtenTensorHandle* zero, AtenTensorHandle* bias,
+                                          int64_t outputs, int64_t bits, int64_t group, int32_t dtype,
+                                          const char* activation, AtenTensorHandle* out) {
+  return optc::shim::guarded("linear_packed_a8", [&] {
+    optc::shim::give(optc::linear_packed_a8(borrow(codes), borrow(steps), borrow(weight), borrow(scale), borrow(zero),
+                                            borrow(bias), outputs, bits, group, optc::shim::dtype_of(dtype), activation),
+                     out);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_embedding_packed(AtenTensorHandle ids, AtenTensorHandle weight, AtenTensorHandle* scale,
+                                          AtenTensorHandle* zero, int64_t outputs, int64_t columns, int64_t bits,
+                                          int64_t group, int32_t dtype, AtenTensorHandle* out) {
+  return optc::shim::guarded("embedding_packed", [&] {
+    optc::shim::give(optc::embedding_packed(borrow(ids), borrow(weight), borrow(scale), borrow(zero), outputs, columns,
+                                            bits, group, optc::shim::dtype_of(dtype)),
+                     out);
+  });
+}

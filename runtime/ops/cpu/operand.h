@@ -1,0 +1,152 @@
+// The operands of a packed linear layer: its weight, and x rounded to codes. The constructors check every part, so that
+// nothing is read outside of a tensor later.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "panel.h"
+#include "quantized.h"
+#include "rounding.h"
+
+namespace optc {
+
+// Memory of a thread that stays between calls: fresh pages cost more than a small decode step.
+template <typename T, int kUse>
+inline T* scratch(size_t count) {
+  struct Memory {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory memory;
+  const size_t size = round_up(count * sizeof(T) + 64, 64);
+  if (size > memory.size) {
+    std::free(memory.data);
+    memory.data = std::aligned_alloc(64, size);
+    memory.size = memory.data ? size : 0;
+    check(memory.data != nullptr, "out of memory");
+  }
+  return static_cast<T*>(memory.data);
+}
+
+// A weight [outputs, columns] as the module docstring of packed.py describes it.
+class PackedWeight {
+ public:
+  PackedWeight(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
+               int64_t outputs, int64_t columns, int64_t bits, int64_t group)
+      : weight_(weight), scale_(scale), zero_(zero), outputs_(outputs), columns_(columns), store_(store_of(weight, bits)) {
+    check(outputs > 0 && columns > 0, "a packed weight must have rows and columns");
+    panels_ = (outputs + kPanel - 1) / kPanel;
+    const int64_t run = run_of(store_), runs = (columns + run - 1) / run;
+    check_shape("weight", weight, {panels_, runs, store_ == Store::kNibbles ? 128 : run * kPanel});
+    check(weight.is_cpu() && weight.is_contiguous(), "weight must be contiguous and on the CPU");
+    panel_bytes_ = runs * run_bytes(store_);
+    check(scale.has_value() == has_codes(), "codes need a scale, and other weights have none");
+    if (!scale) return;
+    check(group > 0, "group must be positive");
+    group_ = std::min(group, columns);
+    groups_ = (columns + group_ - 1) / group_;
+    check(groups_ == 1 || group_ % 8 == 0, "groups of ", group_, " columns, expected a multiple of 8");
+    check_groups("scale", *scale);
+    check(scale->scalar_type() != ScalarType::Char, "scale must be floating");
+    if (zero) check_groups("zero", *zero);
+  }
+
+  int64_t outputs() const { return outputs_; }
+  int64_t columns() const { return columns_; }
+  int64_t panels() const { return panels_; }
+  int64_t group() const { return group_; }
+  int64_t groups() const { return groups_; }
+  Store store() const { return store_; }
+  bool has_codes() const { return is_integer() || store_ == Store::kFloat8; }
+  bool is_integer() const { return store_ == Store::kNibbles || store_ == Store::kBytes; }
+  bool has_zero() const { return zero_.has_value(); }
+  bool has_integer_zero() const { return zero_ && zero_->scalar_type() == ScalarType::Char; }
+
+  // What is added to a code where it is stored.
+  int32_t offset() const { return store_ == Store::kNibbles ? 8 : store_ == Store::kBytes ? 128 : 0; }
+
+  const uint8_t* panel(int64_t i) const {
+    return static_cast<const uint8_t*>(weight_.const_data_ptr()) + i * panel_bytes_;
+  }
+
+  // Where column k, the first of a run, lies in a panel.
+  int64_t position(int64_t k) const { return k / run_of(store_) * run_bytes(store_); }
+
+  void read_scales(int64_t panel, float* to) const { read_groups(*scale_, panel, to); }
+  void read_zeros(int64_t panel, float* to) const { read_groups(*zero_, panel, to); }
+
+ private:
+  static Store store_of(const Tensor& weight, int64_t bits) {
+    switch (weight.scalar_type()) {
+      case ScalarType::Byte:
+        check(bits == 4 || bits == 8, "packed codes of ", bits, " bits, expected 4 or 8");
+        return bits == 4 ? Store::kNibbles : Store::kBytes;
+      case ScalarType::Float8_e4m3fn: return Store::kFloat8;
+      case ScalarType::BFloat16: return Store::kBFloat16;
+      case ScalarType::Half: return Store::kHalf;
+      case ScalarType::Float: return Store::kFloat;
+      default: break;
+    }
+    check(false, "a packed weight has dtype ", toString(weight.scalar_type()));
+    return Store::kFloat;
+  }
+
+  void check_groups(const char* name, const Tensor& tensor) const {
+    check_shape(name, tensor, {panels_, groups_, kPanel});
+    check(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
+    if (tensor.scalar_type() != ScalarType::Char) dispatch_float(name, tensor.scalar_type(), [](auto) {});
+  }
+
+  void read_groups(const Tensor& tensor, int64_t panel, float* to) const {
+    const int64_t count = groups_ * kPanel;
+    if (tensor.scalar_type() == ScalarType::Char)
+      return load_row(static_cast<const int8_t*>(tensor.const_data_ptr()) + panel * count, to, count);
+    read_floats("scale", tensor, panel * count, count, to);
+  }
+
+  const Tensor& weight_;
+  const std::optional<Tensor>&scale_, &zero_;
+  int64_t outputs_, columns_, panels_ = 0, panel_bytes_ = 0, group_ = 0, groups_ = 0;
+  Store store_;
+};
+
+// Columns that are summed up at a time: none of them lie in different groups of `group` or of `step` columns. They depend
+// on the layer alone, so that every row is computed in the same way.
+inline int64_t unit_of(int64_t columns, int64_t group, int64_t step) {
+  int64_t unit = columns;
+  for (int64_t size : {group, step})
+    if (size < columns) {
+      check(size > 0 && size % 8 == 0 && (unit == columns || unit % size == 0 || size % unit == 0), "groups of ", group,
+            " columns with activations in groups of ", step);
+      unit = std::min(unit, size);
+    }
+  if (unit == columns) return std::min(kChunk, columns);
+  int64_t divisor = std::min(unit, kChunk);
+  while (unit % divisor || divisor % 8) divisor -= 1;
+  return divisor;
+}
+
+// Rows of x as codes.
+struct RoundedRows {
+  const int8_t* codes;  // [rows, stride], zeros after the last column up to a multiple of 8
+  int64_t stride;
+  const float* steps;  // [rows, steps_per_row]
+  int64_t steps_per_row, step_columns;
+  const int32_t* sums;  // [rows, units]: of the codes of each unit
+  int64_t unit, units;
+};
+
+// The sum of `n` codes.
+inline int32_t sum_codes(const int8_t* codes, int64_t n) {
+  IntVec sum{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) sum = dot4(sum, splat_int(0x01010101), load_ints(codes + i));
+  int32_t total = 0;
+  for (; i < n; i++) total += codes[i];
+  for (int lane = 0; lane < kLanes; lane++) total += sum[lane];
+  return total;
+}
+
+}  // namespace optc

@@ -1,0 +1,189 @@
+// Arithmetic on panels of packed weights: 32 outputs, as two halves of 16 numbers; packed.py describes the layout.
+//
+// Every output of every row of x is computed with the same operations in the same order whatever rows are computed with
+// it, so that a row has the same bits alone or in a batch. What the compiler might contract in one place and not in
+// another is spelled out with `fmadd`.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace optc {
+
+constexpr int kPanel = 32, kHalf = 16;
+constexpr int kParts = kHalf / kLanes;             // registers that 16 numbers take
+constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
+constexpr int kHalves = kLanes == 16 ? 2 : 1;      // of a panel that are computed together
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
+constexpr int64_t kAhead = 1536;                   // bytes a stream of weights is fetched ahead
+
+inline Vec fmadd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline IntVec load_ints(const void* p) {
+  IntVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline IntVec splat_int(int32_t x) { return IntVec{} + x; }
+
+inline int32_t load_int(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// acc[i] += sum_j w[4 i + j] * x[4 i + j] of unsigned bytes w and signed bytes x; exact.
+inline IntVec dot4(IntVec acc, IntVec w, IntVec x) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+  const __m512i low = _mm512_madd_epi16(_mm512_and_si512((__m512i)w, _mm512_set1_epi16(255)),
+                                        _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8));
+  const __m512i high = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), _mm512_srai_epi16((__m512i)x, 8));
+  return acc + (IntVec)low + (IntVec)high;
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_madd_epi16(_mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)),
+                                        _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8));
+  const __m256i high = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16((__m256i)x, 8));
+  return acc + (IntVec)low + (IntVec)high;
+#else
+  for (int j = 0; j < 4; j++) acc += (w >> (8 * j) & 255) * ((x << (24 - 8 * j)) >> 24);
+  return acc;
+#endif
+}
+
+#ifdef __AVX512BF16__
+// acc[i] += w[2 i] * x[2 i] + w[2 i + 1] * x[2 i + 1] of bfloat16 numbers.
+inline Vec dot2(Vec acc, IntVec w, IntVec x) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+#endif
+
+// Sums of the products of some columns: unsigned bytes in runs of four columns.
+struct ByteStream {
+  static constexpr int kRun = 4;
+  template <int M, int H>
+  static void dot(const uint8_t* w, const int8_t* x, int64_t stride, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k += 4, w += 4 * kPanel) {
+      __builtin_prefetch(w + kAhead);
+      if (H == 2) __builtin_prefetch(w + kAhead + 64);
+      IntVec weight[H][kParts];
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) weight[h][p] = load_ints(w + 64 * h + 4 * kLanes * p);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const IntVec value = splat_int(load_int(x + m * stride + k));
+        for (int h = 0; h < H; h++)
+          for (int p = 0; p < kParts; p++) acc[m][h][p] = dot4(acc[m][h][p], weight[h][p], value);
+      }
+    }
+  }
+};
+
+// The same of half bytes in runs of eight columns.
+struct NibbleStream {
+  static constexpr int kRun = 8;
+  template <int M, int H>
+  static void dot(const uint8_t* w, const int8_t* x, int64_t stride, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel) {
+      __builtin_prefetch(w + kAhead);
+      if (H == 2) __builtin_prefetch(w + kAhead + 64);
+      IntVec low[H][kParts], high[H][kParts];
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) {
+          const IntVec both = load_ints(w + 64 * h + 4 * kLanes * p);
+          low[h][p] = both & 0x0f0f0f0f;
+          high[h][p] = (both >> 4) & 0x0f0f0f0f;
+        }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const IntVec first = splat_int(load_int(x + m * stride + k));
+        const IntVec second = splat_int(load_int(x + m * stride + k + 4));
+        for (int h = 0; h < H; h++)
+          for (int p = 0; p < kParts; p++) {
+            acc[m][h][p] = dot4(acc[m][h][p], low[h][p], first);
+            acc[m][h][p] = dot4(acc[m][h][p], high[h][p], second);
+          }
+      }
+    }
+  }
+};
+
+// Half bytes [columns / 8] runs -> bytes [columns / 4] runs.
+inline void expand_nibbles(const uint8_t* from, int64_t columns, uint8_t* to) {
+  for (int64_t k = 0; k < columns; k += 8, from += 4 * kPanel, to += 8 * kPanel)
+    for (int i = 0; i < 4 * kPanel; i += 4 * kLanes) {
+      const IntVec both = load_ints(from + i), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+      std::memcpy(to + i, &low, sizeof low);
+      std::memcpy(to + 4 * kPanel + i, &high, sizeof high);
+    }
+}
+
+// What a panel's numbers are stored as.
+enum class Store { kNibbles, kBytes, kFloat8, kBFloat16, kHalf, kFloat };
+
+constexpr int64_t run_of(Store store) {
+  switch (store) {
+    case Store::kNibbles: return 8;
+    case Store::kBytes: case Store::kFloat8: return 4;
+    case Store::kBFloat16: return 2;
+    default: return 1;
+  }
+}
+
+constexpr int64_t run_bytes(Store store) { return store == Store::kHalf ? 2 * kPanel : 4 * kPanel; }
+
+// E4M3 in the low byte of each lane -> float32; see load(const Float8*) in simd.h.
+inline Vec widen_float8(BitsVec bits) {
+  const Vec magnitude = (Vec)((bits & 0x7fu) << 20) * 0x1p120f;
+  const BitsVec nan = (BitsVec)((bits & 0x7fu) == 0x7fu) & 0x7fc00000u;
+  return (Vec)((BitsVec)magnitude | nan | (bits & 0x80u) << 24);
+}
+
+// Columns k .. k + run - 1 of the 16 outputs of half `h`, as float32 [run][16]; integer codes as they are stored, less
+// `zero` [16].
+inline void expand_run(Store store, const uint8_t* run, int h, const float* zero, float* to, int64_t stride) {
+  for (int p = 0; p < kParts; p++) {
+    const uint8_t* from = run + (store == Store::kHalf ? 32 : 64) * h + (store == Store::kHalf ? 2 : 4) * kLanes * p;
+    float* out = to + kLanes * p;
+    if (store == Store::kHalf) {
+      ::optc::store(out, load(reinterpret_cast<const Half*>(from)));
+      continue;
+    }
+    const BitsVec bits = (BitsVec)load_ints(from);
+    const Vec offset = zero ? load(zero + kLanes * p) : Vec{};
+    switch (store) {
+      case Store::kFloat: ::optc::store(out, (Vec)bits); break;
+      case Store::kBFloat16:
+        ::optc::store(out, (Vec)(bits << 16));
+        ::optc::store(out + stride, (Vec)(bits & 0xffff0000u));
+        break;
+      case Store::kFloat8:
+        for (int j = 0; j < 4; j++) ::optc::store(out + j * stride, widen_float8((bits >> (8 * j)) & 0xffu));
+        break;
+      case Store::kBytes:
+        for (int j = 0; j < 4; j++)
+          ::optc::store(out + j * stride, __builtin_convertvector((IntVec)((bits >> (8 * j)) & 0xffu), Vec) - offset);
+        break;
+      case Store::kNibbles:
+        for (int j = 0; j < 8; j++) {
+          const BitsVec code = (bits >> (j < 4 ? 8 * j : 8 * j - 28)) & 0xfu;
+          ::optc::store(out + j * stride, __builtin_convertvector((IntVec)code, Vec) - offset);
+        }
+        break;
+      default: break;
+    }
+  }
+}
+
+}  // namespace optc

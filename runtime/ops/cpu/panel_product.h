@@ -1,0 +1,202 @@
+// A panel of a packed weight times rows of x.
+//
+// Few rows of x meet the weights as they come from memory; for many rows a chunk of a panel is expanded into the
+// first-level cache, and all rows meet it there. Integer codes with integer activations are summed up exactly, unit by
+// unit, and only the sums are scaled. A unit's columns and the order of units depend on the layer alone.
+#pragma once
+
+#include "operand.h"
+
+namespace optc {
+
+template <int M, typename F>
+void with_rows(int64_t count, const F& f) {
+  if constexpr (M > 1)
+    if (count < M) return with_rows<M - 1>(count, f);
+  f(std::integral_constant<int, M>());
+}
+
+// c[M, 32] += the products of one unit of codes.
+template <typename Stream, int M>
+void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t unit, int64_t columns, int32_t offset,
+                  const float* scales, const float* zeros, float* c) {
+  const int64_t first = unit * x.unit;
+  const int32_t* sums = x.sums + row * x.units + unit;
+  const float* steps = x.steps + row * x.steps_per_row + first / x.step_columns;
+  for (int h0 = 0; h0 < 2; h0 += kHalves) {
+    IntVec acc[M][kHalves][kParts];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+      for (int h = 0; h < kHalves; h++)
+        for (int p = 0; p < kParts; p++) acc[m][h][p] = splat_int(-offset * sums[m * x.units]);
+    Stream::template dot<M, kHalves>(w + 64 * h0, x.codes + row * x.stride + first, x.stride, columns, acc);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const Vec step = splat(steps[m * x.steps_per_row]);
+      for (int h = 0; h < kHalves; h++)
+        for (int p = 0; p < kParts; p++) {
+          const int at = kHalf * (h0 + h) + kLanes * p;
+          Vec value = __builtin_convertvector(acc[m][h][p], Vec);
+          if (zeros) value = fmadd(-load(zeros + at), splat(static_cast<float>(sums[m * x.units])), value);
+          store(c + m * kPanel + at, fmadd(value, load(scales + at) * step, load(c + m * kPanel + at)));
+        }
+    }
+  }
+}
+
+// c[rows, 32] = the products of rows first .. first + rows - 1 of x with a panel.
+template <typename Stream>
+void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows& x, int64_t first, int64_t rows,
+                   const float* scales, const float* zeros, float* c) {
+  const uint8_t* w = weight.panel(panel);
+  const int64_t columns = weight.columns(), group = weight.group();
+  std::fill_n(c, rows * kPanel, 0.0f);
+  auto run_unit = [&](auto stream, auto m, const uint8_t* from, int64_t row, int64_t unit) {
+    const int64_t k = unit * x.unit, count = round_up(std::min(x.unit, columns - k), decltype(stream)::kRun);
+    const int64_t at = k / group * kPanel;
+    integer_unit<decltype(stream), decltype(m)::value>(from, x, first + row, unit, count, weight.offset(), scales + at,
+                                                       zeros ? zeros + at : nullptr, c + row * kPanel);
+  };
+  if (rows <= kRows) {
+    with_rows<kRows>(rows, [&](auto m) {
+      for (int64_t u = 0; u < x.units; u++) run_unit(Stream(), m, w + weight.position(u * x.unit), 0, u);
+    });
+    return;
+  }
+  alignas(64) uint8_t bytes[kChunk * kPanel];
+  const int64_t together = std::max<int64_t>(1, kChunk / x.unit);
+  for (int64_t u0 = 0; u0 < x.units; u0 += together) {
+    const int64_t u1 = std::min(x.units, u0 + together), k = u0 * x.unit;
+    const uint8_t* from = w + weight.position(k);
+    if constexpr (std::is_same_v<Stream, NibbleStream>) {
+      expand_nibbles(from, round_up(std::min(u1 * x.unit, columns) - k, 8), bytes);
+      from = bytes;
+    }
+    for (int64_t row = 0; row < rows; row += kRows)
+      with_rows<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto m) {
+        for (int64_t u = u0; u < u1; u++) run_unit(ByteStream(), m, from + (u - u0) * x.unit * kPanel, row, u);
+      });
+  }
+}
+
+struct FloatStream {
+  using X = float;
+  template <int M, int H>
+  static void dot(const uint8_t* w_bytes, const float* x, int64_t stride, int64_t columns, Vec (&acc)[M][H][kParts]) {
+    const auto* w = reinterpret_cast<const float*>(w_bytes);
+    for (int64_t k = 0; k < columns; k++, w += kPanel) {
+      Vec weight[H][kParts];
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) weight[h][p] = load(w + kHalf * h + kLanes * p);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const Vec value = splat(x[m * stride + k]);
+        for (int h = 0; h < H; h++)
+          for (int p = 0; p < kParts; p++) acc[m][h][p] = fmadd(weight[h][p], value, acc[m][h][p]);
+      }
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+struct PairStream {
+  using X = BFloat16;
+  template <int M, int H>
+  static void dot(const uint8_t* w, const BFloat16* x, int64_t stride, int64_t columns, Vec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel) {
+      __builtin_prefetch(w + 2 * kAhead);
+      __builtin_prefetch(w + 2 * kAhead + 64);
+      const IntVec first = load_ints(w), second = load_ints(w + 64);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const IntVec value = splat_int(load_int(x + m * stride + k));
+        acc[m][0][0] = dot2(acc[m][0][0], first, value);
+        acc[m][1][0] = dot2(acc[m][1][0], second, value);
+      }
+    }
+  }
+};
+#endif
+
+// c[M, 32] += the products of one unit, times `scales` if there are any.
+template <typename Stream, int M>
+void float_unit(const uint8_t* w, const typename Stream::X* x, int64_t stride, int64_t columns, const float* scales,
+                float* c) {
+  for (int h0 = 0; h0 < 2; h0 += kHalves) {
+    Vec acc[M][kHalves][kParts];
+    auto each = [&](auto f) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+        for (int h = 0; h < kHalves; h++)
+          for (int p = 0; p < kParts; p++) f(acc[m][h][p], kHalf * (h0 + h) + kLanes * p, c + m * kPanel);
+    };
+    each([&](Vec& sum, int at, float* to) { sum = scales ? Vec{} : load(to + at); });
+    Stream::template dot<M, kHalves>(w + 64 * h0, x, stride, columns, acc);
+    each([&](Vec& sum, int at, float* to) {
+      store(to + at, scales ? fmadd(sum, load(scales + at), load(to + at)) : sum);
+    });
+  }
+}
+
+// Columns k .. k + count - 1 of a panel as float32 [count][32].
+inline void expand_floats(const PackedWeight& weight, const uint8_t* w, int64_t count, const float* offset, uint8_t* to) {
+  const int64_t run = run_of(weight.store());
+  for (int64_t k = 0; k < count; k += run, w += run_bytes(weight.store()))
+    for (int h = 0; h < 2; h++)
+      expand_run(weight.store(), w, h, offset ? offset + kHalf * h : nullptr,
+                 reinterpret_cast<float*>(to) + k * kPanel + kHalf * h, kPanel);
+}
+
+// The same as pairs of bfloat16, which hold codes of 8 bits exactly.
+inline void expand_pairs(const PackedWeight& weight, const uint8_t* w, int64_t count, const float* offset, uint8_t* to) {
+  const int64_t run = run_of(weight.store());
+  float values[8 * kPanel];
+  for (int64_t k = 0; k < count; k += run, w += run_bytes(weight.store())) {
+    expand_floats(weight, w, run, offset, reinterpret_cast<uint8_t*>(values));
+    for (int64_t j = 0; j < run; j += 2)
+      for (int i = 0; i < kPanel; i += kLanes, to += 4 * kLanes) {
+        const BitsVec low = (BitsVec)load(values + j * kPanel + i), high = (BitsVec)load(values + (j + 1) * kPanel + i);
+        const BitsVec both = low >> 16 | (high & 0xffff0000u);
+        std::memcpy(to, &both, sizeof both);
+      }
+  }
+}
+
+// c[rows, 32] = the products of rows of x [rows, stride] with a panel. `offsets` are the zero points plus what codes are
+// stored with, of each group.
+template <typename Stream>
+void float_panel(const PackedWeight& weight, int64_t panel, const typename Stream::X* x, int64_t stride, int64_t rows,
+                 int64_t unit, const float* scales, const float* offsets, float* c) {
+  constexpr bool kPairs = !std::is_same_v<Stream, FloatStream>;
+  const bool as_stored = weight.store() == (kPairs ? Store::kBFloat16 : Store::kFloat);
+  const int64_t columns = weight.columns(), column_bytes = kPairs ? 2 * kPanel : 4 * kPanel;
+  alignas(64) uint8_t expanded[kChunk * kPanel * 4];
+  std::fill_n(c, rows * kPanel, 0.0f);
+  const int64_t together = std::max<int64_t>(1, kChunk / unit) * unit;
+  for (int64_t k = 0; k < columns; k += together) {
+    const int64_t end = std::min(columns, k + together);
+    const uint8_t* from = weight.panel(panel) + weight.position(k);
+    if (!as_stored) {
+      for (int64_t first = k; first < end; first += unit) {
+        const uint8_t* w = weight.panel(panel) + weight.position(first);
+        const int64_t count = round_up(std::min(unit, end - first), run_of(weight.store()));
+        const float* offset = offsets ? offsets + first / weight.group() * kPanel : nullptr;
+        uint8_t* to = expanded + (first - k) * column_bytes;
+        kPairs ? expand_pairs(weight, w, count, offset, to) : expand_floats(weight, w, count, offset, to);
+      }
+      from = expanded;
+    }
+    for (int64_t row = 0; row < rows; row += kRows)
+      with_rows<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto m) {
+        for (int64_t first = k; first < end; first += unit) {
+          const int64_t count = std::min(unit, end - first);
+          float_unit<Stream, decltype(m)::value>(from + (first - k) * column_bytes, x + row * stride + first, stride,
+                                                 kPairs ? round_up(count, 2) : count,
+                                                 scales ? scales + first / weight.group() * kPanel : nullptr,
+                                                 c + row * kPanel);
+        }
+      });
+  }
+}
+
+}  // namespace optc
