@@ -35,6 +35,7 @@ from cpu_models import ENGINES, FORMATS, TINY, EngineSpec, MissingError, Models
 from cpu_worker import Worker, WorkerError
 
 PAUSE = 0.05  # seconds between two engines: threads of the last one go to sleep
+HELD_STEPS = 16  # of a measurement that goes on with the sequences of the last
 KL_WINDOWS, KL_WINDOW = 16, 512
 
 
@@ -49,11 +50,24 @@ class Case:
     prefill: bool = False
     kv8: bool = False
 
+    @property
+    def holds(self) -> bool:
+        """Whether the prefill is so long that rounds go on with the same sequences, which grow by their steps."""
+        return not self.prefill and self.batch * self.context > 1024
+
+    def open(self, worker: Worker, *, room: int, seed: int, vocab: int) -> None:
+        worker.ask("open", batch=self.batch, context=self.context, room=room, seed=seed, vocab=vocab)
+
     def ask(self, worker: Worker, *, steps: int, seconds: float, seed: int, vocab: int) -> dict[str, Any]:
+        """One measurement."""
         if self.prefill:
             return worker.ask("prefill", tokens=self.context, seed=seed, vocab=vocab)
-        options = {"steps": steps, "seconds": seconds, "seed": seed, "vocab": vocab}
-        return worker.ask("decode", batch=self.batch, context=self.context, **options)
+        if self.holds:
+            return worker.ask("decode", batch=self.batch, steps=HELD_STEPS, seconds=3600)
+        self.open(worker, room=steps, seed=seed, vocab=vocab)
+        found = worker.ask("decode", batch=self.batch, steps=steps, seconds=seconds)
+        worker.ask("close")
+        return found
 
 
 CASES = [
@@ -166,13 +180,16 @@ class Bench:
         self, kind: str, case: Case, probe: Bandwidth, *, rounds: int, steps: int, seconds: float
     ) -> dict[str, Any] | None:
         """The case by every engine in turns: lists of figures, one of each round."""
-        if not case.prefill and case.context + steps + 4 > self._positions:
+        room = HELD_STEPS * (rounds + 1) if case.holds else steps
+        if not case.prefill and case.context + room + 4 > self._positions:
             click.echo(f"{kind} {case.title}: more than the {self._positions} positions of the model, left out")
             return None
         workers = self._start(kind, case)
         options: dict[str, Any] = {"steps": steps, "seconds": seconds, "vocab": self._vocab}
         for name in list(workers):
             try:  # compiles and touches everything first
+                if case.holds:
+                    case.open(workers[name], room=room, seed=0, vocab=self._vocab)
                 case.ask(workers[name], **options | {"steps": 4}, seed=0)
             except WorkerError as error:
                 click.echo(f"{name}: {error}")
@@ -186,6 +203,8 @@ class Bench:
                 time.sleep(PAUSE)
                 figures[name].append(case.ask(workers[name], **options, seed=1 + number))
             bandwidths.append(probe.measure())
+        for worker in workers.values() if case.holds else ():
+            worker.ask("close")
         bandwidth = statistics.median(bandwidths)
         engines = {
             name: self._summary(case, workers[name].details, found, bandwidth) for name, found in figures.items()
@@ -208,7 +227,10 @@ class Bench:
             "details": details,
         }
         if not case.prefill:
-            read = details["weight_bytes"] + case.batch * case.context * details["kv_bytes"]
+            grown = (
+                HELD_STEPS * (1 + len(found) / 2) if case.holds else statistics.mean(one["steps"] for one in found) / 2
+            )
+            read = details["weight_bytes"] + case.batch * (case.context + grown) * details["kv_bytes"]
             summary |= {"bytes": read, "roofline": read / bandwidth / step}
         return summary
 

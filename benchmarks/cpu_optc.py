@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ class Optc:
         kinds = {f"{layer.scheme} {layer.algorithm}" for layer in layers}
         head = next((layer.scheme for layer in layers if layer.role == "lm_head"), manifest.model.dtype)
         return {
-            "versions": {"optc": optc.__version__, "torch": self._torch.__version__},
+            "versions": {"optc": f"{optc.__version__} at {_commit(optc.__file__)}", "torch": self._torch.__version__},
             "weight_bytes": self._weight_bytes(),
             "kv_bytes": manifest.memory.kv_bytes_per_token,
             "notes": {
@@ -74,7 +75,9 @@ class Optc:
     def start(self, prompts: np.ndarray, room: int) -> None:
         from optc import SamplingParams
 
-        params = SamplingParams(max_tokens=room, ignore_eos=True)
+        # Sequences whose prompt is done go on while the others' prompts run, a token a step.
+        waiting = -(-prompts.size // self._engine.scheduler.max_num_batched_tokens) + 1 if len(prompts) > 1 else 0
+        params = SamplingParams(max_tokens=room + 2 * waiting, ignore_eos=True)
         self._requests = [self._engine.add(prompt.tolist(), params) for prompt in prompts]
         while any(request.num_output_tokens == 0 for request in self._requests):
             self._engine.step()
@@ -167,6 +170,13 @@ class Transformers:
         ids = self._torch.from_numpy(tokens)[None]
         found: np.ndarray = self._model(input_ids=ids, use_cache=False).logits[0].float().numpy()
         return found
+
+
+def _commit(file: str | None) -> str:
+    """The commit of the checkout that a file is in."""
+    assert file is not None
+    command = ["git", "-C", str(Path(file).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "an unknown commit"
 
 
 def main() -> None:

@@ -30,12 +30,12 @@ class Results:
     def add_speed(self, model: str, kind: str, case: str, title: str, found: dict[str, Any]) -> None:
         """One case: all its engines come from one alternating run."""
         group = self._data["speed"].setdefault(f"{model} {kind}", {})
-        group[case] = {"title": title, **_provenance(), **found}
+        group[case] = {"title": title, "date": _now(), **found}
         self._save()
 
     def add_accuracy(self, kind: str, found: dict[str, Any]) -> None:
         kept = self._data["accuracy"].setdefault(kind, {})
-        kept |= {name: {**_provenance(), "figures": figures} for name, figures in found.items()}
+        kept |= {name: {"date": _now(), "figures": figures} for name, figures in found.items()}
         self._save()
 
     def _save(self) -> None:
@@ -75,11 +75,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _provenance() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"date": datetime.datetime.now().isoformat(timespec="minutes"), "optc_commit": commit}
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="minutes")
 
 
 def _machine_line(found: dict[str, Any]) -> str:
@@ -178,10 +175,8 @@ def _notes(cases: dict[str, Any], names: list[str], accuracy: dict[str, Any]) ->
             f"- Accuracy, {name}: KL {kl_cell(figures)}, same top {figures['same_top']['value']:.2%}, perplexity {rise:+.2%} "
             f"({figures['windows']} windows, {figures['tokens']} tokens)."
         )
-    dates = sorted({(case["date"], case["optc_commit"], case["threads"]) for case in cases.values()})
-    lines.append(
-        "- Measured " + ", ".join(f"{date} at {commit}, {threads} threads" for date, commit, threads in dates) + "."
-    )
+    dates = sorted({(case["date"], case["threads"]) for case in cases.values()})
+    lines.append("- Measured " + ", ".join(f"{date}, {threads} threads" for date, threads in dates) + ".")
     return lines
 
 
@@ -215,10 +210,11 @@ def plot(group: str, cases: dict[str, Any], file: Path) -> None:
         axis.set_title(f"{case['title']}", fontsize=8)
         axis.set_xlabel("tokens/s", fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
+        axis.set_xlim(0, 1.45 * max(max(found["rates"]) for found in engines.values()))
         for place, found in enumerate(engines.values()):
-            share = f" {found['roofline']:.0%} of roofline" if "roofline" in found else ""
-            axis.text(0, place, f" {found['rate']:.0f}{share}", va="center", fontsize=6, color="white")
-    figure.suptitle(f"{group}: medians, least and most", fontsize=9)
+            share = f", {found['roofline']:.0%}" if "roofline" in found else ""
+            axis.text(max(found["rates"]), place, f"  {found['rate']:.0f}{share}", va="center", fontsize=6)
+    figure.suptitle(f"{group}: tokens/s, median, least and most; share of the roofline", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)

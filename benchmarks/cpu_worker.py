@@ -61,24 +61,24 @@ def serve(engine: Engine) -> None:
             answer({"error": f"{type(error).__name__}: {error}"})
 
 
-def _decode(
-    engine: Engine, batch: int, context: int, steps: int, seconds: float, seed: int, vocab: int
-) -> dict[str, Any]:
-    """Time steps after a prefill, at most `steps` or for about so many seconds."""
+def _open(engine: Engine, batch: int, context: int, room: int, seed: int, vocab: int) -> dict[str, Any]:
+    """Prefill sequences, and take the first steps, which do not count."""
     prompts = np.random.default_rng(seed).integers(2, vocab, (batch, context))
-    engine.start(prompts, room=steps + WARM_STEPS + 2)
-    try:
-        for _ in range(WARM_STEPS):
-            engine.step()
-        times: list[float] = []
-        inner: list[float | None] = []
-        begun = time.perf_counter()
-        while len(times) < steps and (len(times) < LEAST_STEPS or time.perf_counter() - begun < seconds):
-            started = time.perf_counter()
-            inner.append(engine.step())
-            times.append(time.perf_counter() - started)
-    finally:
-        engine.stop()
+    engine.start(prompts, room=room + WARM_STEPS + 2)
+    for _ in range(WARM_STEPS):
+        engine.step()
+    return {}
+
+
+def _decode(engine: Engine, batch: int, steps: int, seconds: float) -> dict[str, Any]:
+    """Time steps of the open sequences, at most `steps` or for about so many seconds."""
+    times: list[float] = []
+    inner: list[float | None] = []
+    begun = time.perf_counter()
+    while len(times) < steps and (len(times) < LEAST_STEPS or time.perf_counter() - begun < seconds):
+        started = time.perf_counter()
+        inner.append(engine.step())
+        times.append(time.perf_counter() - started)
     model = [value for value in inner if value is not None]
     return {
         "rate": batch * len(times) / sum(times),
@@ -86,6 +86,11 @@ def _decode(
         "model_seconds": sum(model) / len(model) if model else None,
         "steps": len(times),
     }
+
+
+def _close(engine: Engine) -> dict[str, Any]:
+    engine.stop()
+    return {}
 
 
 def _prefill(engine: Engine, tokens: int, seed: int, vocab: int) -> dict[str, Any]:
@@ -101,7 +106,13 @@ def _logits(engine: Engine, tokens: list[int], file: str) -> dict[str, Any]:
     return {}
 
 
-_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {"decode": _decode, "prefill": _prefill, "logits": _logits}
+_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "open": _open,
+    "decode": _decode,
+    "close": _close,
+    "prefill": _prefill,
+    "logits": _logits,
+}
 
 
 class WorkerError(Exception):
