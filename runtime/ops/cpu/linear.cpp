@@ -9,7 +9,7 @@
 namespace optc {
 namespace {
 
-constexpr int64_t kTile = 256;  // rows of x that a panel meets at a time: they stay in the second-level cache
+constexpr int64_t kTile = 20 * kRows;  // rows of x that a panel meets at a time: they stay in the second-level cache
 
 // How many panels are worth waking a thread for.
 int64_t grain(const PackedWeight& weight, int64_t rows) {
@@ -60,13 +60,13 @@ void multiply_codes(const PackedWeight& weight, const RoundedRows& x, int64_t ro
 }
 
 template <typename Stream, typename T>
-void multiply_floats(const PackedWeight& weight, const typename Stream::X* x, int64_t stride, int64_t rows,
+void multiply_floats(const PackedWeight& weight, const InterleavedRows& x, int64_t rows,
                      const std::optional<Tensor>& bias, T* out) {
   const int64_t columns = weight.columns();
   const int64_t unit = unit_of(columns, weight.has_codes() ? weight.group() : columns, columns);
   for_panels(weight, rows, true, bias, out,
              [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
-               float_panel<Stream>(weight, panel, x + first * stride, stride, count, unit, scales, zeros, c);
+               float_panel<Stream>(weight, panel, x, first, count, unit, scales, zeros, c);
              });
 }
 
@@ -76,15 +76,6 @@ void for_rows(int64_t rows, int64_t columns, const F& f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (16 << 10) / columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) f(m);
   });
-}
-
-int32_t* sum_units(const RoundedRows& x, int64_t rows, int64_t columns) {
-  auto* sums = scratch<int32_t, 1>(rows * x.units);
-  for_rows(rows, columns, [&](int64_t m) {
-    for (int64_t u = 0; u < x.units; u++)
-      sums[m * x.units + u] = sum_codes(x.codes + m * x.stride + u * x.unit, std::min(x.unit, columns - u * x.unit));
-  });
-  return sums;
 }
 
 struct ActivationKind {
@@ -98,15 +89,39 @@ struct ActivationKind {
     check(is_static || name == "int8-token" || (step_columns > 0 && name.rfind("int8-group", 0) == 0),
           "unknown activation '", name, "', expected none, int8-token, int8-static or int8-group and a number");
   }
+
+  int64_t steps_per_row(int64_t columns) const { return (columns + step_columns - 1) / step_columns; }
+};
+
+// Memory for rows of codes that are being rounded or brought in, and what the kernels need to know of them.
+struct RowsOfCodes {
+  int64_t rows, columns, words;
+  RoundedRows found;
+  int32_t *to, *sums;
+
+  RowsOfCodes(const PackedWeight& weight, int64_t rows, const ActivationKind& kind, const float* steps)
+      : rows(rows), columns(weight.columns()), words(round_up(columns, 8) / 4) {
+    const int64_t unit = unit_of(columns, weight.group(), kind.step_columns), units = (columns + unit - 1) / unit;
+    to = scratch<int32_t, 2>(rows * words);
+    sums = scratch<int32_t, 1>(rows * units);
+    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, sums, unit, units};
+  }
+
+  // `codes` has zeros up to 4 * words.
+  void put(int64_t row, const int32_t* codes) const {
+    const auto* bytes = reinterpret_cast<const int8_t*>(codes);
+    for (int64_t u = 0; u < found.units; u++)
+      sums[row * found.units + u] = sum_codes(bytes + u * found.unit, std::min(found.unit, columns - u * found.unit));
+    InterleavedRows::put(codes, words, row, rows, to);
+  }
 };
 
 template <typename T>
 void round_and_multiply(const PackedWeight& weight, const T* x, int64_t rows, const ActivationKind& kind,
                         const std::optional<Tensor>& input_scale, const std::optional<Tensor>& bias, T* out) {
-  const int64_t columns = weight.columns(), width = round_up(columns, 8), step = kind.step_columns;
-  const int64_t per_row = (columns + step - 1) / step, unit = unit_of(columns, weight.group(), step);
-  auto* codes = scratch<int8_t, 2>(rows * width);
+  const int64_t columns = weight.columns(), step = kind.step_columns, per_row = kind.steps_per_row(columns);
   auto* steps = scratch<float, 3>(rows * per_row);
+  const RowsOfCodes into(weight, rows, kind, steps);
   float given = 0;
   if (kind.is_static) {
     check(input_scale.has_value() && input_scale->numel() == 1, "activation 'int8-static' needs an input_scale of one number");
@@ -114,49 +129,51 @@ void round_and_multiply(const PackedWeight& weight, const T* x, int64_t rows, co
   }
   for_rows(rows, columns, [&](int64_t m) {
     auto* values = scratch<float, 4>(columns);
+    auto* words = scratch<int32_t, 5>(into.words);
+    auto* codes = reinterpret_cast<int8_t*>(words);
     load_row(x + m * columns, values, columns);
-    std::fill(codes + m * width + columns, codes + (m + 1) * width, 0);
+    words[into.words - 1] = words[into.words - 2] = 0;
     for (int64_t g = 0; g < per_row; g++) {
       const int64_t first = g * step, count = std::min(step, columns - first);
       if (kind.is_static)
-        round_static(values + first, count, given, codes + m * width + first), steps[m * per_row + g] = given;
+        round_static(values + first, count, given, codes + first), steps[m * per_row + g] = given;
       else
-        steps[m * per_row + g] = round_group(values + first, count, codes + m * width + first);
+        steps[m * per_row + g] = round_group(values + first, count, codes + first);
     }
+    into.put(m, words);
   });
-  RoundedRows rounded{codes, width, steps, per_row, step, nullptr, unit, (columns + unit - 1) / unit};
-  rounded.sums = sum_units(rounded, rows, columns);
-  multiply_codes(weight, rounded, rows, bias, out);
+  multiply_codes(weight, into.found, rows, bias, out);
 }
 
-// Rows of x as Stream::X, padded with zeros to a multiple of 8 columns; x itself where it is like that.
+// Rows of x as numbers of type To, interleaved; zeros up to a multiple of 8 columns.
 template <typename To, typename T>
-const To* padded_rows(const T* x, int64_t rows, int64_t columns, int64_t width) {
-  if constexpr (std::is_same_v<To, T>)
-    if (width == columns) return x;
-  auto* to = scratch<To, 2>(rows * width);
+InterleavedRows interleaved(const T* x, int64_t rows, int64_t columns) {
+  const int64_t words = round_up(columns, 8) * static_cast<int64_t>(sizeof(To)) / 4;
+  auto* to = scratch<int32_t, 2>(rows * words);
   for_rows(rows, columns, [&](int64_t m) {
+    auto* row = scratch<int32_t, 5>(words);
+    std::fill(row + std::max<int64_t>(0, words - 8), row + words, 0);
     if constexpr (std::is_same_v<To, T>)
-      std::memcpy(to + m * width, x + m * columns, columns * sizeof(T));
+      std::memcpy(row, x + m * columns, columns * sizeof(T));
     else
-      load_row(x + m * columns, to + m * width, columns);
-    std::fill(to + m * width + columns, to + (m + 1) * width, To(0.0f));
+      load_row(x + m * columns, reinterpret_cast<float*>(row), columns);
+    InterleavedRows::put(row, words, m, rows, to);
   });
-  return to;
+  return {to, words};
 }
 
 template <typename T>
 void multiply_as_they_are(const PackedWeight& weight, const T* x, int64_t rows, const std::optional<Tensor>& bias,
                           T* out) {
-  const int64_t columns = weight.columns(), width = round_up(columns, 8);
+  const int64_t columns = weight.columns();
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const bool exact = weight.store() == Store::kBFloat16 || (weight.has_codes() && (!weight.has_zero() || weight.has_integer_zero()));
-    if (exact)
-      return multiply_floats<PairStream>(weight, padded_rows<BFloat16>(x, rows, columns, width), width, rows, bias, out);
+    const bool codes_fit = weight.has_codes() && (!weight.has_zero() || weight.has_integer_zero());
+    if (weight.store() == Store::kBFloat16 || codes_fit)
+      return multiply_floats<PairStream>(weight, interleaved<BFloat16>(x, rows, columns), rows, bias, out);
   }
 #endif
-  multiply_floats<FloatStream>(weight, padded_rows<float>(x, rows, columns, width), width, rows, bias, out);
+  multiply_floats<FloatStream>(weight, interleaved<float>(x, rows, columns), rows, bias, out);
 }
 
 void check_bias(const std::optional<Tensor>& bias, int64_t outputs) {
@@ -205,24 +222,26 @@ Tensor linear_packed_a8(const Tensor& codes_in, const Tensor& steps_in, const Te
   check_dtype("steps", steps_in, ScalarType::Float);
   check(codes_in.dim() > 0 && steps_in.dim() == codes_in.dim(), "linear_packed_a8 expects codes [..., K] and steps [..., G]");
   const Tensor codes = as_contiguous(codes_in), steps = as_contiguous(steps_in);
-  const int64_t columns = codes.size(codes.dim() - 1), width = round_up(columns, 8), rows = codes.numel() / columns;
+  const int64_t columns = codes.size(codes.dim() - 1), rows = codes.numel() / columns;
   const std::optional<Tensor> scale = scale_in;
   const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
   const ActivationKind kind(activation, columns);
   check(kind.rounds && weight.is_integer(), "linear_packed_a8 needs integer codes and activations");
-  const int64_t per_row = (columns + kind.step_columns - 1) / kind.step_columns;
-  check(steps.numel() == rows * per_row, "steps has ", steps.numel(), " elements, expected ", rows * per_row);
+  const int64_t expected = rows * kind.steps_per_row(columns);
+  check(steps.numel() == expected, "steps has ", steps.numel(), " elements, expected ", expected);
   check_bias(bias, outputs);
   Tensor out = new_tensor(with_last(codes, outputs), dtype);
   if (rows == 0) return out;
-  const int64_t unit = unit_of(columns, weight.group(), kind.step_columns);
   const auto* data = static_cast<const int8_t*>(codes.const_data_ptr());
-  RoundedRows rounded{padded_rows<int8_t>(data, rows, columns, width), width,
-                      static_cast<const float*>(steps.const_data_ptr()), per_row, kind.step_columns, nullptr,
-                      unit, (columns + unit - 1) / unit};
-  rounded.sums = sum_units(rounded, rows, columns);
+  const RowsOfCodes into(weight, rows, kind, static_cast<const float*>(steps.const_data_ptr()));
+  for_rows(rows, columns, [&](int64_t m) {
+    auto* words = scratch<int32_t, 5>(into.words);
+    words[into.words - 1] = words[into.words - 2] = 0;
+    std::memcpy(words, data + m * columns, columns);
+    into.put(m, words);
+  });
   dispatch_float("linear_packed_a8", dtype, [&](auto type) {
-    multiply_codes(weight, rounded, rows, bias, static_cast<decltype(type)*>(out.mutable_data_ptr()));
+    multiply_codes(weight, into.found, rows, bias, static_cast<decltype(type)*>(out.mutable_data_ptr()));
   });
   return out;
 }

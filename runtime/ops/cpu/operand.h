@@ -128,11 +128,27 @@ inline int64_t unit_of(int64_t columns, int64_t group, int64_t step) {
   return divisor;
 }
 
+// Rows of x as words of four bytes, interleaved in blocks of kRows rows: word i of row m of a block of M rows lies at
+// i * M + m. The last block has as many rows as are left.
+struct InterleavedRows {
+  const int32_t* words;
+  int64_t words_per_row;
+
+  // `row` is the first of a block.
+  const int32_t* block(int64_t row) const { return words + row * words_per_row; }
+
+  // Writes a row of `rows` to where it belongs.
+  static void put(const int32_t* row_words, int64_t words_per_row, int64_t row, int64_t rows, int32_t* to) {
+    const int64_t first = row / kRows * kRows, together = std::min<int64_t>(kRows, rows - first);
+    int32_t* at = to + first * words_per_row + (row - first);
+    for (int64_t i = 0; i < words_per_row; i++) at[i * together] = row_words[i];
+  }
+};
+
 // Rows of x as codes.
 struct RoundedRows {
-  const int8_t* codes;  // [rows, stride], zeros after the last column up to a multiple of 8
-  int64_t stride;
-  const float* steps;  // [rows, steps_per_row]
+  InterleavedRows rows;  // zeros after the last column up to a multiple of 8
+  const float* steps;    // [rows, steps_per_row]
   int64_t steps_per_row, step_columns;
   const int32_t* sums;  // [rows, units]: of the codes of each unit
   int64_t unit, units;

@@ -16,7 +16,6 @@ constexpr int kParts = kHalf / kLanes;             // registers that 16 numbers 
 constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
 constexpr int kHalves = kLanes == 16 ? 2 : 1;      // of a panel that are computed together
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
-constexpr int64_t kAhead = 1536;                   // bytes a stream of weights is fetched ahead
 
 inline Vec fmadd(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -69,20 +68,21 @@ inline Vec dot2(Vec acc, IntVec w, IntVec x) {
 }
 #endif
 
-// Sums of the products of some columns: unsigned bytes in runs of four columns.
+// Sums of the products of some columns of a panel with M rows of x. The rows are interleaved: of each four bytes of a row
+// those of row m are word m of M. Words are four codes, two bfloat16 numbers, or one float32 number.
+//
+// Of unsigned bytes in runs of four columns:
 struct ByteStream {
   static constexpr int kRun = 4;
   template <int M, int H>
-  static void dot(const uint8_t* w, const int8_t* x, int64_t stride, int64_t columns, IntVec (&acc)[M][H][kParts]) {
-    for (int64_t k = 0; k < columns; k += 4, w += 4 * kPanel) {
-      __builtin_prefetch(w + kAhead);
-      if (H == 2) __builtin_prefetch(w + kAhead + 64);
+  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k += 4, w += 4 * kPanel, x += M) {
       IntVec weight[H][kParts];
       for (int h = 0; h < H; h++)
         for (int p = 0; p < kParts; p++) weight[h][p] = load_ints(w + 64 * h + 4 * kLanes * p);
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const IntVec value = splat_int(load_int(x + m * stride + k));
+        const IntVec value = splat_int(x[m]);
         for (int h = 0; h < H; h++)
           for (int p = 0; p < kParts; p++) acc[m][h][p] = dot4(acc[m][h][p], weight[h][p], value);
       }
@@ -90,14 +90,13 @@ struct ByteStream {
   }
 };
 
-// The same of half bytes in runs of eight columns.
+// Of half bytes in runs of eight columns:
 struct NibbleStream {
   static constexpr int kRun = 8;
   template <int M, int H>
-  static void dot(const uint8_t* w, const int8_t* x, int64_t stride, int64_t columns, IntVec (&acc)[M][H][kParts]) {
-    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel) {
-      __builtin_prefetch(w + kAhead);
-      if (H == 2) __builtin_prefetch(w + kAhead + 64);
+  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+    if constexpr (M <= 2) return dot_few<M, H>(w, x, columns, acc);
+    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel, x += 2 * M) {
       IntVec low[H][kParts], high[H][kParts];
       for (int h = 0; h < H; h++)
         for (int p = 0; p < kParts; p++) {
@@ -107,8 +106,7 @@ struct NibbleStream {
         }
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const IntVec first = splat_int(load_int(x + m * stride + k));
-        const IntVec second = splat_int(load_int(x + m * stride + k + 4));
+        const IntVec first = splat_int(x[m]), second = splat_int(x[M + m]);
         for (int h = 0; h < H; h++)
           for (int p = 0; p < kParts; p++) {
             acc[m][h][p] = dot4(acc[m][h][p], low[h][p], first);
@@ -117,7 +115,63 @@ struct NibbleStream {
       }
     }
   }
+
+  // With sums of their own for the two halves of a byte: of few rows, the latency of a product counts.
+  template <int M, int H>
+  static void dot_few(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+    IntVec more[M][H][kParts] = {};
+    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel, x += 2 * M)
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) {
+          const IntVec both = load_ints(w + 64 * h + 4 * kLanes * p);
+          for (int m = 0; m < M; m++) {
+            acc[m][h][p] = dot4(acc[m][h][p], both & 0x0f0f0f0f, splat_int(x[m]));
+            more[m][h][p] = dot4(more[m][h][p], (both >> 4) & 0x0f0f0f0f, splat_int(x[M + m]));
+          }
+        }
+    for (int m = 0; m < M; m++)
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) acc[m][h][p] += more[m][h][p];
+  }
 };
+
+// Of float32 numbers [columns][32]:
+struct FloatStream {
+  using X = float;
+  template <int M, int H>
+  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, Vec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k++, w += 4 * kPanel, x += M) {
+      Vec weight[H][kParts];
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < kParts; p++) weight[h][p] = (Vec)load_ints(w + 64 * h + 4 * kLanes * p);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const Vec value = (Vec)splat_int(x[m]);
+        for (int h = 0; h < H; h++)
+          for (int p = 0; p < kParts; p++) acc[m][h][p] = fmadd(weight[h][p], value, acc[m][h][p]);
+      }
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+// Of bfloat16 numbers in runs of two columns:
+struct PairStream {
+  using X = BFloat16;
+  template <int M, int H>
+  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, Vec (&acc)[M][H][kParts]) {
+    for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M) {
+      const IntVec first = load_ints(w), second = load_ints(w + 64);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const IntVec value = splat_int(x[m]);
+        acc[m][0][0] = dot2(acc[m][0][0], first, value);
+        acc[m][1][0] = dot2(acc[m][1][0], second, value);
+      }
+    }
+  }
+};
+#endif
 
 // Half bytes [columns / 8] runs -> bytes [columns / 4] runs.
 inline void expand_nibbles(const uint8_t* from, int64_t columns, uint8_t* to) {

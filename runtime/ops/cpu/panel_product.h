@@ -16,7 +16,7 @@ void with_rows(int64_t count, const F& f) {
   f(std::integral_constant<int, M>());
 }
 
-// c[M, 32] += the products of one unit of codes.
+// c[M, 32] += the products of one unit of codes with rows row .. row + M - 1.
 template <typename Stream, int M>
 void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t unit, int64_t columns, int32_t offset,
                   const float* scales, const float* zeros, float* c) {
@@ -29,7 +29,7 @@ void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t u
     for (int m = 0; m < M; m++)
       for (int h = 0; h < kHalves; h++)
         for (int p = 0; p < kParts; p++) acc[m][h][p] = splat_int(-offset * sums[m * x.units]);
-    Stream::template dot<M, kHalves>(w + 64 * h0, x.codes + row * x.stride + first, x.stride, columns, acc);
+    Stream::template dot<M, kHalves>(w + 64 * h0, x.rows.block(row) + first / 4 * M, columns, acc);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const Vec step = splat(steps[m * x.steps_per_row]);
@@ -79,49 +79,9 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
   }
 }
 
-struct FloatStream {
-  using X = float;
-  template <int M, int H>
-  static void dot(const uint8_t* w_bytes, const float* x, int64_t stride, int64_t columns, Vec (&acc)[M][H][kParts]) {
-    const auto* w = reinterpret_cast<const float*>(w_bytes);
-    for (int64_t k = 0; k < columns; k++, w += kPanel) {
-      Vec weight[H][kParts];
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) weight[h][p] = load(w + kHalf * h + kLanes * p);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
-        const Vec value = splat(x[m * stride + k]);
-        for (int h = 0; h < H; h++)
-          for (int p = 0; p < kParts; p++) acc[m][h][p] = fmadd(weight[h][p], value, acc[m][h][p]);
-      }
-    }
-  }
-};
-
-#ifdef __AVX512BF16__
-struct PairStream {
-  using X = BFloat16;
-  template <int M, int H>
-  static void dot(const uint8_t* w, const BFloat16* x, int64_t stride, int64_t columns, Vec (&acc)[M][H][kParts]) {
-    for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel) {
-      __builtin_prefetch(w + 2 * kAhead);
-      __builtin_prefetch(w + 2 * kAhead + 64);
-      const IntVec first = load_ints(w), second = load_ints(w + 64);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
-        const IntVec value = splat_int(load_int(x + m * stride + k));
-        acc[m][0][0] = dot2(acc[m][0][0], first, value);
-        acc[m][1][0] = dot2(acc[m][1][0], second, value);
-      }
-    }
-  }
-};
-#endif
-
 // c[M, 32] += the products of one unit, times `scales` if there are any.
 template <typename Stream, int M>
-void float_unit(const uint8_t* w, const typename Stream::X* x, int64_t stride, int64_t columns, const float* scales,
-                float* c) {
+void float_unit(const uint8_t* w, const int32_t* x, int64_t columns, const float* scales, float* c) {
   for (int h0 = 0; h0 < 2; h0 += kHalves) {
     Vec acc[M][kHalves][kParts];
     auto each = [&](auto f) {
@@ -131,7 +91,7 @@ void float_unit(const uint8_t* w, const typename Stream::X* x, int64_t stride, i
           for (int p = 0; p < kParts; p++) f(acc[m][h][p], kHalf * (h0 + h) + kLanes * p, c + m * kPanel);
     };
     each([&](Vec& sum, int at, float* to) { sum = scales ? Vec{} : load(to + at); });
-    Stream::template dot<M, kHalves>(w + 64 * h0, x, stride, columns, acc);
+    Stream::template dot<M, kHalves>(w + 64 * h0, x, columns, acc);
     each([&](Vec& sum, int at, float* to) {
       store(to + at, scales ? fmadd(sum, load(scales + at), load(to + at)) : sum);
     });
@@ -162,10 +122,10 @@ inline void expand_pairs(const PackedWeight& weight, const uint8_t* w, int64_t c
   }
 }
 
-// c[rows, 32] = the products of rows of x [rows, stride] with a panel. `offsets` are the zero points plus what codes are
-// stored with, of each group.
+// c[rows, 32] = the products of rows of x with a panel. `offsets` are the zero points plus what codes are stored with, of
+// each group.
 template <typename Stream>
-void float_panel(const PackedWeight& weight, int64_t panel, const typename Stream::X* x, int64_t stride, int64_t rows,
+void float_panel(const PackedWeight& weight, int64_t panel, const InterleavedRows& x, int64_t first_row, int64_t rows,
                  int64_t unit, const float* scales, const float* offsets, float* c) {
   constexpr bool kPairs = !std::is_same_v<Stream, FloatStream>;
   const bool as_stored = weight.store() == (kPairs ? Store::kBFloat16 : Store::kFloat);
@@ -189,11 +149,12 @@ void float_panel(const PackedWeight& weight, int64_t panel, const typename Strea
     for (int64_t row = 0; row < rows; row += kRows)
       with_rows<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto m) {
         for (int64_t first = k; first < end; first += unit) {
+          constexpr int kRowsNow = decltype(m)::value;
           const int64_t count = std::min(unit, end - first);
-          float_unit<Stream, decltype(m)::value>(from + (first - k) * column_bytes, x + row * stride + first, stride,
-                                                 kPairs ? round_up(count, 2) : count,
-                                                 scales ? scales + first / weight.group() * kPanel : nullptr,
-                                                 c + row * kPanel);
+          float_unit<Stream, kRowsNow>(from + (first - k) * column_bytes,
+                                       x.block(first_row + row) + first / (kPairs ? 2 : 1) * kRowsNow,
+                                       kPairs ? round_up(count, 2) : count,
+                                       scales ? scales + first / weight.group() * kPanel : nullptr, c + row * kPanel);
         }
       });
   }
