@@ -1,0 +1,37 @@
+// optc::silu_mul and optc::gelu_mul on the CPU.
+
+#include "gated.h"
+
+namespace optc {
+namespace {
+
+template <typename Activation>
+Tensor gated(const char* op, const Tensor& gate, const Tensor& up, const Activation& activation) {
+  check_gated(op, gate, up);
+  const Rows gates(gate), ups(up);
+  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  dispatch_float(op, gate.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    auto* to = static_cast<T*>(out.data_ptr());
+    const int64_t n = gates.columns();
+    // An exponential takes as long as several other operations.
+    for_each_row(gates.count(), 4 * n, [&](int64_t i) {
+      gated_row(gates.row<T>(i), ups.row<T>(i), n, activation, to + i * n);
+    });
+  });
+  return out;
+}
+
+Tensor silu_mul(const Tensor& gate, const Tensor& up) { return gated("silu_mul", gate, up, Silu()); }
+
+Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh) {
+  return tanh ? gated("gelu_mul", gate, up, GeluTanh()) : gated("gelu_mul", gate, up, GeluErf());
+}
+
+}  // namespace
+}  // namespace optc
+
+STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
+  m.impl("silu_mul", TORCH_BOX(&optc::silu_mul));
+  m.impl("gelu_mul", TORCH_BOX(&optc::gelu_mul));
+}
