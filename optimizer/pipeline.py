@@ -6,10 +6,15 @@ the step program, which takes packed tokens of many sequences over a paged KV ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from ..passes.base import Pass
 from ..passes.canonicalize import Canonicalize
+from ..passes.fuse_quantize import FuseQuantize
+from ..passes.fuse_rms_norm import FuseRmsNorm
+from ..passes.fuse_rope import FuseRope
+from ..passes.fuse_rope_kv_write import FuseRopeKVWrite
+from ..passes.fuse_silu_mul import FuseSiluMul
 from ..passes.gather_logits import GatherLogits
 from ..passes.kv_cache import KVCache
 from ..passes.merge_linears import MergeLinears
@@ -54,16 +59,23 @@ def quantize_passes(
     return [Quantize(recipe=config.recipe, calibration=calibration, given=given or {}, on_progress=on_progress)]
 
 
-def kernel_passes(config: CompileConfig) -> list[Pass]:
-    """Passes for both programs that bring them into the form optc's CPU kernels run; none for other targets."""
+def kernel_passes(config: CompileConfig, without: Collection[str] = ()) -> list[Pass]:
+    """Passes for both programs that bring them into the form optc's CPU kernels run; none for other targets.
+
+    `without` names fusions to leave out, which `benchmarks/fusions.py` does to see what each is worth.
+    """
     if not config.uses_cpu_kernels:
         return []
-    return [MergeLinears(), PackWeights()]
+    fusions: list[Pass] = [FuseRmsNorm(), FuseSiluMul(), FuseRope()]
+    return [MergeLinears(), *(item for item in fusions if item.name not in without), PackWeights()]
 
 
-def step_passes(config: CompileConfig) -> list[Pass]:
-    """Passes that make the step program out of the shared graph."""
+def step_passes(config: CompileConfig, without: Collection[str] = ()) -> list[Pass]:
+    """Passes that make the step program out of the shared graph; `without` as in `kernel_passes`."""
     passes: list[Pass] = [KVCache(), PagedAttention(), GatherLogits()]
     if config.recipe is not None and config.recipe.kv_cache is not None:
         passes += [QuantizeKVCache(dtype=config.recipe.kv_cache)]
+    if config.uses_cpu_kernels:
+        fusions: list[Pass] = [FuseRopeKVWrite(), FuseQuantize()]
+        passes += [item for item in fusions if item.name not in without]
     return passes

@@ -20,7 +20,7 @@ aten, optc = torch.ops.aten, torch.ops.optc
 class FuseRmsNorm(Pass):
     """Rules, the first wherever it holds, then the second:
 
-    1. y = x32 * rsqrt(mean(x32 ** 2, -1, keepdim) + eps) with x32 = x in float32, and then one of
+    1. y = x32 * rsqrt(mean(x32 ** 2, -1, keepdim) + eps), or ** -0.5 for rsqrt, with x32 = x in float32, and then one of
        weight * y in x's dtype  |  (weight * y) in x's dtype  |  (y * (1 + weight)) in x's dtype  |  aten.rms_norm(x, [D], weight, eps)
        ->  optc.rms_norm(x, weight, eps, 0 or 1)
     2. sum = a + b; optc.rms_norm(sum, ...)  ->  normed, sum = optc.add_rms_norm(a, b, ...)
@@ -35,11 +35,18 @@ class FuseRmsNorm(Pass):
         result = Result()
         for node in program.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
             _finish(program, _torch_norm(node), node, result)
-        for node in program.graph.find_nodes(op="call_function", target=aten.rsqrt.default):
+        for node in _inverse_roots(program):
             _finish(program, _norm(node), node, result)
         for node in program.graph.find_nodes(op="call_function", target=optc.rms_norm.default):
             _fuse_sum(program, node)
         return result
+
+
+def _inverse_roots(program: Program) -> list[fx.Node]:
+    """The nodes rsqrt(x), however they are spelled."""
+    powers = program.graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar)
+    roots = program.graph.find_nodes(op="call_function", target=aten.rsqrt.default)
+    return [*roots, *(node for node in powers if node.args[1] == -0.5)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def _torch_norm(node: fx.Node) -> _Norm | str:
 
 
 def _norm(rsqrt: fx.Node) -> _Norm | str:
-    """The norm that `rsqrt` belongs to, or why it belongs to none."""
+    """The norm that an inverse root belongs to, or why it belongs to none."""
     inner = plus_number(rsqrt.args[0])
     if inner is None:
         return f"{rsqrt.args[0]} is not a mean plus a number"

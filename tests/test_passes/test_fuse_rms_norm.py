@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -32,7 +33,8 @@ class TorchNorm(nn.RMSNorm):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
-    ("kind", "offset"), [(LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0), (Olmo2RMSNorm, 0.0), (TorchNorm, 0.0)]
+    ("kind", "offset"),
+    [(LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0), (Olmo2RMSNorm, 0.0), (Gemma3nRMSNorm, 0.0), (TorchNorm, 0.0)],
 )
 def test_every_spelling(kind: Callable[..., nn.Module], offset: float, dtype: torch.dtype) -> None:
     norm = kind(D, eps=1e-3).to(dtype)

@@ -9,7 +9,7 @@ template <typename Activation>
 Tensor gated(const char* op, const Tensor& gate, const Tensor& up, const Activation& activation) {
   check_gated(op, gate, up);
   const Rows gates(gate), ups(up);
-  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  Tensor out = new_like(gate);
   dispatch_float(op, gate.scalar_type(), [&](auto type) {
     using T = decltype(type);
     auto* to = static_cast<T*>(out.data_ptr());
@@ -34,4 +34,14 @@ Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh) {
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("silu_mul", TORCH_BOX(&optc::silu_mul));
   m.impl("gelu_mul", TORCH_BOX(&optc::gelu_mul));
+}
+
+using optc::shim::borrow;
+
+OPTC_SHIM aoti_torch_cpu_silu_mul(AtenTensorHandle gate, AtenTensorHandle up, AtenTensorHandle* out) {
+  return optc::shim::guarded("silu_mul", [&] { optc::shim::give(optc::silu_mul(borrow(gate), borrow(up)), out); });
+}
+
+OPTC_SHIM aoti_torch_cpu_gelu_mul(AtenTensorHandle gate, AtenTensorHandle up, int32_t tanh, AtenTensorHandle* out) {
+  return optc::shim::guarded("gelu_mul", [&] { optc::shim::give(optc::gelu_mul(borrow(gate), borrow(up), tanh), out); });
 }

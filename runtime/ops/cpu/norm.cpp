@@ -2,8 +2,6 @@
 
 #include "norm.h"
 
-#include <tuple>
-
 namespace optc {
 namespace {
 
@@ -11,7 +9,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight_in, double eps, double wei
   check_norm("rms_norm", x, weight_in);
   const Rows rows(x);
   const Tensor weight = as_contiguous(weight_in);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_like(x);
   dispatch_norm("rms_norm", x, weight, [&](auto type, auto weight_type) {
     using T = decltype(type);
     const auto* w = static_cast<const decltype(weight_type)*>(weight.data_ptr());
@@ -30,7 +28,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   check_sum("add_rms_norm", x, residual);
   const Rows rows(x), others(residual);
   const Tensor weight = as_contiguous(weight_in);
-  Tensor out = torch::stable::new_empty(x, x.sizes()), sum = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_like(x), sum = new_like(x);
   dispatch_norm("add_rms_norm", x, weight, [&](auto type, auto weight_type) {
     using T = decltype(type);
     const auto* w = static_cast<const decltype(weight_type)*>(weight.data_ptr());
@@ -50,4 +48,20 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&optc::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&optc::add_rms_norm));
+}
+
+using optc::shim::borrow;
+
+OPTC_SHIM aoti_torch_cpu_rms_norm(AtenTensorHandle x, AtenTensorHandle weight, double eps, double weight_offset,
+                                  AtenTensorHandle* out) {
+  return optc::shim::guarded("rms_norm", [&] {
+    optc::shim::give(optc::rms_norm(borrow(x), borrow(weight), eps, weight_offset), out);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_add_rms_norm(AtenTensorHandle x, AtenTensorHandle residual, AtenTensorHandle weight, double eps,
+                                      double weight_offset, AtenTensorHandle* normed, AtenTensorHandle* sum) {
+  return optc::shim::guarded("add_rms_norm", [&] {
+    optc::shim::give(optc::add_rms_norm(borrow(x), borrow(residual), borrow(weight), eps, weight_offset), normed, sum);
+  });
 }

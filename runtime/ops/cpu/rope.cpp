@@ -1,7 +1,6 @@
 // optc::rope and optc::rope_kv_write on the CPU. A head is read once, worked on as float32, and stored where it goes.
 
 #include <optional>
-#include <tuple>
 
 #include "quantized_cache.h"
 #include "rounding.h"
@@ -80,7 +79,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Te
   check_angles(q_in, cos_in, sin_in, dim);
   const Tensor q = with_adjacent_elements(q_in), k = with_adjacent_elements(k_in);
   const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes()), k_out = torch::stable::new_empty(k, k.sizes());
+  Tensor q_out = new_like(q), k_out = new_like(k);
 
   dispatch_rope("rope", q, cos, [&](auto type, auto angle_type) {
     using T = decltype(type);
@@ -189,7 +188,7 @@ Tensor rope_kv_write(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
   const float* q_weight = read_weight("q_weight", q_weight_in, dim, q_buffer);
   const float* k_weight = read_weight("k_weight", k_weight_in, dim, k_buffer);
   const float eps = static_cast<float>(eps_in), weight_offset = static_cast<float>(weight_offset_in);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor out = new_like(q);
 
   dispatch_rope("rope_kv_write", q, cos, [&](auto type, auto angle_type) {
     using T = decltype(type);
@@ -229,4 +228,24 @@ Tensor rope_kv_write(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("rope", TORCH_BOX(&optc::rope));
   m.impl("rope_kv_write", TORCH_BOX(&optc::rope_kv_write));
+}
+
+using optc::shim::borrow;
+
+OPTC_SHIM aoti_torch_cpu_rope(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle cos, AtenTensorHandle sin,
+                              AtenTensorHandle* q_out, AtenTensorHandle* k_out) {
+  return optc::shim::guarded("rope", [&] {
+    optc::shim::give(optc::rope(borrow(q), borrow(k), borrow(cos), borrow(sin)), q_out, k_out);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_rope_kv_write(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle cos,
+                                       AtenTensorHandle sin, AtenTensorHandle* q_weight, AtenTensorHandle* k_weight,
+                                       double eps, double weight_offset, AtenTensorHandle kv_cache,
+                                       AtenTensorHandle slot_mapping, AtenTensorHandle* out) {
+  return optc::shim::guarded("rope_kv_write", [&] {
+    optc::shim::give(optc::rope_kv_write(borrow(q), borrow(k), borrow(v), borrow(cos), borrow(sin), borrow(q_weight),
+                                         borrow(k_weight), eps, weight_offset, borrow(kv_cache), borrow(slot_mapping)),
+                     out);
+  });
 }

@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "gated.h"
@@ -34,10 +33,10 @@ class Codes {
             "', expected none, int8-token, or int8-group and a number");
     check(group_ > 0, "activation '", activation, "' has groups of no columns");
     groups_ = is_rounded_ ? (columns_ + group_ - 1) / group_ : 1;
+    codes = new_like(x, is_rounded_ ? ScalarType::Char : ScalarType::Float);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    codes = torch::stable::new_empty(x, shape, is_rounded_ ? ScalarType::Char : ScalarType::Float);
     shape.back() = groups_;
-    steps = torch::stable::new_empty(x, shape, ScalarType::Float);
+    steps = new_tensor(shape, ScalarType::Float);
     codes_ = codes.data_ptr();
     steps_ = static_cast<float*>(steps.data_ptr());
   }
@@ -91,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_a8(const Tensor& x, const Tensor
   const Rows rows(x), others(residual);
   const Tensor weight = as_contiguous(weight_in);
   const Codes codes(x, activation);
-  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  Tensor sum = new_like(x);
   dispatch_norm("add_rms_norm_a8", x, weight, [&](auto type, auto weight_type) {
     using T = decltype(type);
     const auto* w = static_cast<const decltype(weight_type)*>(weight.data_ptr());
@@ -142,4 +141,36 @@ STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("add_rms_norm_a8", TORCH_BOX(&optc::add_rms_norm_a8));
   m.impl("silu_mul_a8", TORCH_BOX(&optc::silu_mul_a8));
   m.impl("gelu_mul_a8", TORCH_BOX(&optc::gelu_mul_a8));
+}
+
+using optc::shim::borrow;
+
+OPTC_SHIM aoti_torch_cpu_rms_norm_a8(AtenTensorHandle x, AtenTensorHandle weight, double eps, double weight_offset,
+                                     const char* activation, AtenTensorHandle* codes, AtenTensorHandle* steps) {
+  return optc::shim::guarded("rms_norm_a8", [&] {
+    optc::shim::give(optc::rms_norm_a8(borrow(x), borrow(weight), eps, weight_offset, activation), codes, steps);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_add_rms_norm_a8(AtenTensorHandle x, AtenTensorHandle residual, AtenTensorHandle weight,
+                                         double eps, double weight_offset, const char* activation,
+                                         AtenTensorHandle* codes, AtenTensorHandle* steps, AtenTensorHandle* sum) {
+  return optc::shim::guarded("add_rms_norm_a8", [&] {
+    optc::shim::give(optc::add_rms_norm_a8(borrow(x), borrow(residual), borrow(weight), eps, weight_offset, activation),
+                     codes, steps, sum);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_silu_mul_a8(AtenTensorHandle gate, AtenTensorHandle up, const char* activation,
+                                     AtenTensorHandle* codes, AtenTensorHandle* steps) {
+  return optc::shim::guarded("silu_mul_a8", [&] {
+    optc::shim::give(optc::silu_mul_a8(borrow(gate), borrow(up), activation), codes, steps);
+  });
+}
+
+OPTC_SHIM aoti_torch_cpu_gelu_mul_a8(AtenTensorHandle gate, AtenTensorHandle up, int32_t tanh, const char* activation,
+                                     AtenTensorHandle* codes, AtenTensorHandle* steps) {
+  return optc::shim::guarded("gelu_mul_a8", [&] {
+    optc::shim::give(optc::gelu_mul_a8(borrow(gate), borrow(up), tanh, activation), codes, steps);
+  });
 }

@@ -1,7 +1,10 @@
 // What the fused ops share: rows of floating-point numbers, where they lie and how they are read and rounded.
 #pragma once
 
+#include <tuple>
+
 #include "check.h"
+#include "shim.h"
 
 namespace optc {
 
@@ -114,6 +117,14 @@ class Rows {
   int64_t count_, columns_, inner_, inner_stride_, outer_stride_;
 };
 
+// An empty tensor of x's shape.
+inline Tensor new_like(const Tensor& x, ScalarType dtype) {
+  const auto sizes = x.sizes();
+  return new_tensor({sizes.begin(), sizes.end()}, dtype);
+}
+
+inline Tensor new_like(const Tensor& x) { return new_like(x, x.scalar_type()); }
+
 // Calls f(i) for every row. A thread is worth waking for about 32 Ki elements.
 template <typename F>
 inline void for_each_row(int64_t count, int64_t columns, const F& f) {
@@ -151,3 +162,13 @@ inline float inverse_rms(const T* x, int64_t n, float eps) {
 }
 
 }  // namespace optc
+
+namespace optc::shim {
+
+// Several results, each with the handle that takes it.
+template <typename... Tensors, typename... Handles>
+inline void give(const std::tuple<Tensors...>& tensors, Handles... handles) {
+  std::apply([&](const auto&... tensor) { (give(tensor, handles), ...); }, tensors);
+}
+
+}  // namespace optc::shim
