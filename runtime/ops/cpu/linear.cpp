@@ -30,6 +30,8 @@ void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, cons
         const int64_t start = panel * kPanel, width = std::min<int64_t>(kPanel, outputs - start);
         if (weight.has_codes()) weight.read_scales(panel, scales);
         if (weight.has_zero()) weight.read_zeros(panel, zeros);
+        if (weight.has_zero() && !with_offset)
+          for (int64_t i = 0; i < groups * kPanel; i++) zeros[i] /= static_cast<float>(weight.offset());
         if (with_offset && weight.is_integer()) {
           if (!weight.has_zero()) std::fill_n(zeros, groups * kPanel, 0.0f);
           for (int64_t i = 0; i < groups * kPanel; i++) zeros[i] += static_cast<float>(weight.offset());
@@ -97,21 +99,22 @@ struct ActivationKind {
 struct RowsOfCodes {
   int64_t rows, columns, words;
   RoundedRows found;
-  int32_t *to, *sums;
+  int32_t *to, *starts, offset;
 
   RowsOfCodes(const PackedWeight& weight, int64_t rows, const ActivationKind& kind, const float* steps)
-      : rows(rows), columns(weight.columns()), words(round_up(columns, 8) / 4) {
+      : rows(rows), columns(weight.columns()), words(round_up(columns, 8) / 4), offset(weight.offset()) {
     const int64_t unit = unit_of(columns, weight.group(), kind.step_columns), units = (columns + unit - 1) / unit;
     to = scratch<int32_t, 2>(rows * words);
-    sums = scratch<int32_t, 1>(rows * units);
-    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, sums, unit, units};
+    starts = scratch<int32_t, 1>(rows * units);
+    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, starts, unit, units};
   }
 
   // `codes` has zeros up to 4 * words.
   void put(int64_t row, const int32_t* codes) const {
     const auto* bytes = reinterpret_cast<const int8_t*>(codes);
     for (int64_t u = 0; u < found.units; u++)
-      sums[row * found.units + u] = sum_codes(bytes + u * found.unit, std::min(found.unit, columns - u * found.unit));
+      starts[row * found.units + u] =
+          -offset * sum_codes(bytes + u * found.unit, std::min(found.unit, columns - u * found.unit));
     InterleavedRows::put(codes, words, row, rows, to);
   }
 };

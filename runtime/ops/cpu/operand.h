@@ -150,7 +150,7 @@ struct RoundedRows {
   InterleavedRows rows;  // zeros after the last column up to a multiple of 8
   const float* steps;    // [rows, steps_per_row]
   int64_t steps_per_row, step_columns;
-  const int32_t* sums;  // [rows, units]: of the codes of each unit
+  const int32_t* starts;  // [rows, units]: the sum of the codes of each unit, times less the weight's offset
   int64_t unit, units;
 };
 

@@ -9,12 +9,15 @@
 
 #include "simd.h"
 
+#define OPTC_INLINE inline __attribute__((always_inline))
+#define OPTC_LAMBDA __attribute__((always_inline))
+
 namespace optc {
 
 constexpr int kPanel = 32, kHalf = 16;
 constexpr int kParts = kHalf / kLanes;             // registers that 16 numbers take
+constexpr int kTogether = 2 * kLanes;              // outputs of a panel that are computed together: two registers of them
 constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
-constexpr int kHalves = kLanes == 16 ? 2 : 1;      // of a panel that are computed together
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
 
 inline Vec fmadd(Vec a, Vec b, Vec c) {
@@ -68,88 +71,89 @@ inline Vec dot2(Vec acc, IntVec w, IntVec x) {
 }
 #endif
 
-// Sums of the products of some columns of a panel with M rows of x. The rows are interleaved: of each four bytes of a row
-// those of row m are word m of M. Words are four codes, two bfloat16 numbers, or one float32 number.
+// Two registers for each of M rows. They are members and not an array, which GCC would keep in memory around a loop.
+template <int M, typename V>
+struct Sums : Sums<M - 1, V> {
+  V first, second;
+
+  // Calls f(m, first, second) for every row m.
+  template <typename F>
+  OPTC_INLINE void each(const F& f) {
+    Sums<M - 1, V>::each(f);
+    f(M - 1, first, second);
+  }
+};
+
+template <typename V>
+struct Sums<0, V> {
+  template <typename F>
+  OPTC_INLINE void each(const F&) {}
+};
+
+// Adds the products of some columns of `kTogether` outputs with M rows of x. The rows are interleaved: of each four bytes
+// of a row those of row m are word m of M. Words are four codes, two bfloat16 numbers, or one float32 number.
 //
 // Of unsigned bytes in runs of four columns:
 struct ByteStream {
   static constexpr int kRun = 4;
-  template <int M, int H>
-  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
+  template <int M>
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, IntVec>& sums) {
     for (int64_t k = 0; k < columns; k += 4, w += 4 * kPanel, x += M) {
-      IntVec weight[H][kParts];
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) weight[h][p] = load_ints(w + 64 * h + 4 * kLanes * p);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
+      const IntVec first = load_ints(w), second = load_ints(w + 4 * kLanes);
+      sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
         const IntVec value = splat_int(x[m]);
-        for (int h = 0; h < H; h++)
-          for (int p = 0; p < kParts; p++) acc[m][h][p] = dot4(acc[m][h][p], weight[h][p], value);
-      }
+        a = dot4(a, first, value), b = dot4(b, second, value);
+      });
     }
   }
 };
 
-// Of half bytes in runs of eight columns:
+// Of half bytes in runs of eight columns. The two halves of a byte have sums of their own where there are few rows: then
+// the latency of a product counts.
 struct NibbleStream {
   static constexpr int kRun = 8;
-  template <int M, int H>
-  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
-    if constexpr (M <= 2) return dot_few<M, H>(w, x, columns, acc);
+  template <int M>
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, IntVec>& sums) {
+    constexpr bool kFew = M <= 2;
+    Sums<kFew ? M : 0, IntVec> more;
+    more.each([](int, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = IntVec{}; });
     for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel, x += 2 * M) {
-      IntVec low[H][kParts], high[H][kParts];
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) {
-          const IntVec both = load_ints(w + 64 * h + 4 * kLanes * p);
-          low[h][p] = both & 0x0f0f0f0f;
-          high[h][p] = (both >> 4) & 0x0f0f0f0f;
-        }
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
-        const IntVec first = splat_int(x[m]), second = splat_int(x[M + m]);
-        for (int h = 0; h < H; h++)
-          for (int p = 0; p < kParts; p++) {
-            acc[m][h][p] = dot4(acc[m][h][p], low[h][p], first);
-            acc[m][h][p] = dot4(acc[m][h][p], high[h][p], second);
-          }
-      }
+      const IntVec one = load_ints(w), two = load_ints(w + 4 * kLanes);
+      const IntVec low_one = one & 0x0f0f0f0f, low_two = two & 0x0f0f0f0f;
+      const IntVec high_one = (one >> 4) & 0x0f0f0f0f, high_two = (two >> 4) & 0x0f0f0f0f;
+      sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
+        const IntVec value = splat_int(x[m]);
+        a = dot4(a, low_one, value), b = dot4(b, low_two, value);
+      });
+      auto add_high = [&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
+        const IntVec value = splat_int(x[M + m]);
+        a = dot4(a, high_one, value), b = dot4(b, high_two, value);
+      };
+      if constexpr (kFew) more.each(add_high); else sums.each(add_high);
     }
+    if constexpr (kFew) add(sums, more);
   }
 
-  // With sums of their own for the two halves of a byte: of few rows, the latency of a product counts.
-  template <int M, int H>
-  static void dot_few(const uint8_t* w, const int32_t* x, int64_t columns, IntVec (&acc)[M][H][kParts]) {
-    IntVec more[M][H][kParts] = {};
-    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel, x += 2 * M)
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) {
-          const IntVec both = load_ints(w + 64 * h + 4 * kLanes * p);
-          for (int m = 0; m < M; m++) {
-            acc[m][h][p] = dot4(acc[m][h][p], both & 0x0f0f0f0f, splat_int(x[m]));
-            more[m][h][p] = dot4(more[m][h][p], (both >> 4) & 0x0f0f0f0f, splat_int(x[M + m]));
-          }
-        }
-    for (int m = 0; m < M; m++)
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) acc[m][h][p] += more[m][h][p];
+  static OPTC_INLINE void add(Sums<1, IntVec>& to, const Sums<1, IntVec>& from) {
+    to.first += from.first, to.second += from.second;
+  }
+  static OPTC_INLINE void add(Sums<2, IntVec>& to, const Sums<2, IntVec>& from) {
+    add(static_cast<Sums<1, IntVec>&>(to), from);
+    to.first += from.first, to.second += from.second;
   }
 };
 
 // Of float32 numbers [columns][32]:
 struct FloatStream {
   using X = float;
-  template <int M, int H>
-  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, Vec (&acc)[M][H][kParts]) {
+  template <int M>
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k++, w += 4 * kPanel, x += M) {
-      Vec weight[H][kParts];
-      for (int h = 0; h < H; h++)
-        for (int p = 0; p < kParts; p++) weight[h][p] = (Vec)load_ints(w + 64 * h + 4 * kLanes * p);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
+      const Vec first = (Vec)load_ints(w), second = (Vec)load_ints(w + 4 * kLanes);
+      sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
         const Vec value = (Vec)splat_int(x[m]);
-        for (int h = 0; h < H; h++)
-          for (int p = 0; p < kParts; p++) acc[m][h][p] = fmadd(weight[h][p], value, acc[m][h][p]);
-      }
+        a = fmadd(first, value, a), b = fmadd(second, value, b);
+      });
     }
   }
 };
@@ -158,16 +162,14 @@ struct FloatStream {
 // Of bfloat16 numbers in runs of two columns:
 struct PairStream {
   using X = BFloat16;
-  template <int M, int H>
-  static void dot(const uint8_t* w, const int32_t* x, int64_t columns, Vec (&acc)[M][H][kParts]) {
+  template <int M>
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M) {
       const IntVec first = load_ints(w), second = load_ints(w + 64);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
+      sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
         const IntVec value = splat_int(x[m]);
-        acc[m][0][0] = dot2(acc[m][0][0], first, value);
-        acc[m][1][0] = dot2(acc[m][1][0], second, value);
-      }
+        a = dot2(a, first, value), b = dot2(b, second, value);
+      });
     }
   }
 };

@@ -16,31 +16,29 @@ void with_rows(int64_t count, const F& f) {
   f(std::integral_constant<int, M>());
 }
 
-// c[M, 32] += the products of one unit of codes with rows row .. row + M - 1.
+// c[M, 32] += the products of one unit of codes with rows row .. row + M - 1. `zeros` are divided by the offset of codes.
 template <typename Stream, int M>
-void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t unit, int64_t columns, int32_t offset,
+void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t unit, int64_t columns,
                   const float* scales, const float* zeros, float* c) {
   const int64_t first = unit * x.unit;
-  const int32_t* sums = x.sums + row * x.units + unit;
+  const int32_t* start = x.starts + row * x.units + unit;
   const float* steps = x.steps + row * x.steps_per_row + first / x.step_columns;
-  for (int h0 = 0; h0 < 2; h0 += kHalves) {
-    IntVec acc[M][kHalves][kParts];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-      for (int h = 0; h < kHalves; h++)
-        for (int p = 0; p < kParts; p++) acc[m][h][p] = splat_int(-offset * sums[m * x.units]);
-    Stream::template dot<M, kHalves>(w + 64 * h0, x.rows.block(row) + first / 4 * M, columns, acc);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
+  for (int n = 0; n < kPanel; n += kTogether) {
+    Sums<M, IntVec> sums;
+    sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = splat_int(start[m * x.units]); });
+    Stream::template dot<M>(w + 4 * n, x.rows.block(row) + first / 4 * M, columns, sums);
+    const Vec scale = load(scales + n), next_scale = load(scales + n + kLanes);
+    sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
+      Vec value = __builtin_convertvector(a, Vec), next = __builtin_convertvector(b, Vec);
+      if (zeros) {
+        const Vec sum = splat(static_cast<float>(start[m * x.units]));
+        value = fmadd(load(zeros + n), sum, value), next = fmadd(load(zeros + n + kLanes), sum, next);
+      }
       const Vec step = splat(steps[m * x.steps_per_row]);
-      for (int h = 0; h < kHalves; h++)
-        for (int p = 0; p < kParts; p++) {
-          const int at = kHalf * (h0 + h) + kLanes * p;
-          Vec value = __builtin_convertvector(acc[m][h][p], Vec);
-          if (zeros) value = fmadd(-load(zeros + at), splat(static_cast<float>(sums[m * x.units])), value);
-          store(c + m * kPanel + at, fmadd(value, load(scales + at) * step, load(c + m * kPanel + at)));
-        }
-    }
+      float* to = c + m * kPanel + n;
+      store(to, fmadd(value, scale * step, load(to)));
+      store(to + kLanes, fmadd(next, next_scale * step, load(to + kLanes)));
+    });
   }
 }
 
@@ -54,7 +52,7 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
   auto run_unit = [&](auto stream, auto m, const uint8_t* from, int64_t row, int64_t unit) {
     const int64_t k = unit * x.unit, count = round_up(std::min(x.unit, columns - k), decltype(stream)::kRun);
     const int64_t at = k / group * kPanel;
-    integer_unit<decltype(stream), decltype(m)::value>(from, x, first + row, unit, count, weight.offset(), scales + at,
+    integer_unit<decltype(stream), decltype(m)::value>(from, x, first + row, unit, count, scales + at,
                                                        zeros ? zeros + at : nullptr, c + row * kPanel);
   };
   if (rows <= kRows) {
@@ -82,18 +80,17 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
 // c[M, 32] += the products of one unit, times `scales` if there are any.
 template <typename Stream, int M>
 void float_unit(const uint8_t* w, const int32_t* x, int64_t columns, const float* scales, float* c) {
-  for (int h0 = 0; h0 < 2; h0 += kHalves) {
-    Vec acc[M][kHalves][kParts];
-    auto each = [&](auto f) {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++)
-        for (int h = 0; h < kHalves; h++)
-          for (int p = 0; p < kParts; p++) f(acc[m][h][p], kHalf * (h0 + h) + kLanes * p, c + m * kPanel);
-    };
-    each([&](Vec& sum, int at, float* to) { sum = scales ? Vec{} : load(to + at); });
-    Stream::template dot<M, kHalves>(w + 64 * h0, x, columns, acc);
-    each([&](Vec& sum, int at, float* to) {
-      store(to + at, scales ? fmadd(sum, load(scales + at), load(to + at)) : sum);
+  for (int n = 0; n < kPanel; n += kTogether) {
+    Sums<M, Vec> sums;
+    sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+      const float* from = c + m * kPanel + n;
+      a = scales ? Vec{} : load(from), b = scales ? Vec{} : load(from + kLanes);
+    });
+    Stream::template dot<M>(w + 4 * n, x, columns, sums);
+    sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+      float* to = c + m * kPanel + n;
+      store(to, scales ? fmadd(a, load(scales + n), load(to)) : a);
+      store(to + kLanes, scales ? fmadd(b, load(scales + n + kLanes), load(to + kLanes)) : b);
     });
   }
 }
