@@ -5,10 +5,11 @@
     python benchmarks/cpu.py --shape A --format int4 --peers PEERS
 
 Every engine lives in a process of its own, stays loaded, and works only while it is asked: in each round each engine is
-asked once, in an order that changes from round to round, with the machine's memory bandwidth measured in between. A
-decode figure is the rate of the steps after the prefill. It is held against the roofline: the time in which the bytes
-that the step reads (weights, and keys and values) pass at that bandwidth. A peer that is not installed is left out, and
-the report says so. Results go into a JSON file, those of earlier calls are kept; the table and the plots are made of all.
+asked once, in an order that changes from round to round, with the machine's memory bandwidth measured before and after;
+a measurement beside a low one, as a virtual machine has at times, is made again (bandwidth.py). A decode figure is the
+rate of the steps after the prefill. It is held against the roofline: the time in which the bytes that the step reads
+(weights, and keys and values) pass at that bandwidth. A peer that is not installed is left out, and the output says so.
+Results go into a JSON file, those of earlier calls are kept; the table and the plots are made of all.
 
 Accuracy is the KL divergence of the bundled model in the same format from the checkpoint in float32, by each engine's own
 arithmetic. Machines that others use too: `--prepare-only` makes the models, `--keep` then takes the artifacts as they are.
@@ -24,13 +25,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import cpu_report
 import numpy as np
-from bandwidth import Bandwidth
+from bandwidth import ATTEMPTS, Bandwidth, Measured, Steady
 from cpu_models import ENGINES, FORMATS, TINY, EngineSpec, MissingError, Models
 from cpu_worker import Worker, WorkerError
 
@@ -91,7 +93,7 @@ CASES = [
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--steps", default=64, show_default=True, help="Decode steps of a measurement, at most.")
 @click.option(
-    "--seconds", default=3.0, show_default=True, help="Decode steps of a measurement take about so long at most."
+    "--seconds", default=1.0, show_default=True, help="Decode steps of a measurement take about so long at most."
 )
 @click.option(
     "--threads", type=int, default=lambda: len(os.sched_getaffinity(0)), help="Of every engine; all cores by default."
@@ -132,7 +134,7 @@ def main(
     label, checkpoint = (model.name, model) if model else (shape, models.shape_a if shape == "A" else TINY)
     cases = [case for case in CASES if not names or case.name in names]
     bench = Bench(models, checkpoint, label, threads, algorithm, only)
-    probe = Bandwidth(work, threads)
+    steady: Steady | None = None
     for kind in formats:
         if prepare_only:
             bench.prepare(kind, cases if speed else [], accuracy)
@@ -140,12 +142,35 @@ def main(
         if accuracy:
             results.add_accuracy(kind, bench.accuracy(kind))
         if speed:
+            steady = steady or Steady(Bandwidth(work, threads))
             for case in cases:
-                found = bench.measure(kind, case, probe, rounds=rounds, steps=steps, seconds=seconds)
+                found = bench.measure(kind, case, steady, rounds=rounds, steps=steps, seconds=seconds)
                 if found is not None:
                     results.add_speed(label, kind, case.name, case.title, found)
     if not prepare_only:
         results.write()
+
+
+def summarize(case: Case, details: dict[str, Any], measured: list[Measured], bandwidth: float) -> dict[str, Any]:
+    """Figures of one engine, of the steady rounds if there are any; decode also its bytes a step and the roofline's share."""
+    found = [one.value for one in measured if one.steady] or [one.value for one in measured]
+    rates = [one["rate"] for one in found]
+    step = statistics.median(one["step_seconds"] for one in found)
+    inner = [one["model_seconds"] for one in found if one["model_seconds"] is not None]
+    summary: dict[str, Any] = {
+        "rate": statistics.median(rates),
+        "rates": rates,
+        "step_seconds": step,
+        "model_seconds": statistics.median(inner) if inner else None,
+        "rounds": [{**one.value, "bandwidths": one.bandwidths, "steady": one.steady} for one in measured],
+        "steady": sum(one.steady for one in measured),
+        "details": details,
+    }
+    if not case.prefill:
+        context = case.context + statistics.mean(one["grown"] for one in found)
+        read = details["weight_bytes"] + case.batch * context * details["kv_bytes"]
+        summary |= {"bytes": read, "roofline": read / bandwidth / step}
+    return summary
 
 
 class Bench:
@@ -177,10 +202,10 @@ class Bench:
                 self._models.command(spec, TINY, algorithm=algorithm)
 
     def measure(
-        self, kind: str, case: Case, probe: Bandwidth, *, rounds: int, steps: int, seconds: float
+        self, kind: str, case: Case, steady: Steady, *, rounds: int, steps: int, seconds: float
     ) -> dict[str, Any] | None:
         """The case by every engine in turns: lists of figures, one of each round."""
-        room = HELD_STEPS * (rounds + 1) if case.holds else steps
+        room = HELD_STEPS * (1 + ATTEMPTS * rounds) if case.holds else steps
         if not case.prefill and case.context + room + 4 > self._positions:
             click.echo(f"{kind} {case.title}: more than the {self._positions} positions of the model, left out")
             return None
@@ -194,52 +219,27 @@ class Bench:
             except WorkerError as error:
                 click.echo(f"{name}: {error}")
                 del workers[name]
-        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-        bandwidths = [probe.measure()]
+        figures: dict[str, list[Measured]] = {name: [] for name in workers}
         for number in range(rounds):
             order = list(workers)
             shift = number % max(1, len(order))
             for name in order[shift:] + order[:shift]:
                 time.sleep(PAUSE)
-                figures[name].append(case.ask(workers[name], **options, seed=1 + number))
-            bandwidths.append(probe.measure())
+                figures[name].append(steady.measure(partial(case.ask, workers[name], **options, seed=1 + number)))
         for worker in workers.values() if case.holds else ():
             worker.ask("close")
-        bandwidth = statistics.median(bandwidths)
-        engines = {
-            name: self._summary(case, workers[name].details, found, bandwidth) for name, found in figures.items()
-        }
+        seen = [value for found in figures.values() for one in found if one.steady for value in one.bandwidths]
+        bandwidth = statistics.median(seen) if seen else steady.best
+        engines = {name: summarize(case, workers[name].details, found, bandwidth) for name, found in figures.items()}
         cpu_report.print_case(kind, case.title, engines, bandwidth)
-        return {"threads": self._threads, "bandwidth": bandwidth, "bandwidths": bandwidths, "engines": engines}
-
-    @staticmethod
-    def _summary(case: Case, details: dict[str, Any], found: list[dict[str, Any]], bandwidth: float) -> dict[str, Any]:
-        """Figures of one engine; decode also its bytes a step, and what fraction of the bandwidth they pass at."""
-        rates = [one["rate"] for one in found]
-        step = statistics.median(one["step_seconds"] for one in found)
-        inner = [one["model_seconds"] for one in found if one["model_seconds"] is not None]
-        summary: dict[str, Any] = {
-            "rate": statistics.median(rates),
-            "rates": rates,
-            "step_seconds": step,
-            "model_seconds": statistics.median(inner) if inner else None,
-            "steps": [one["steps"] for one in found],
-            "details": details,
-        }
-        if not case.prefill:
-            grown = (
-                HELD_STEPS * (1 + len(found) / 2) if case.holds else statistics.mean(one["steps"] for one in found) / 2
-            )
-            read = details["weight_bytes"] + case.batch * (case.context + grown) * details["kv_bytes"]
-            summary |= {"bytes": read, "roofline": read / bandwidth / step}
-        return summary
+        return {"threads": self._threads, "bandwidth": bandwidth, "engines": engines}
 
     def accuracy(self, kind: str) -> dict[str, Any]:
         """KL divergence and more of the bundled model by each engine, over the same windows of tokens."""
         import tokenizers
         import torch
 
-        from optc.optimizer.accuracy import compare, summarize
+        from optc.optimizer import accuracy as measures
         from optc.optimizer.evaluate import make_windows
 
         tokenizer = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
@@ -266,8 +266,10 @@ class Bench:
                 with self._or_left_out(spec):
                     command = self._models.command(spec, TINY, algorithm=algorithm)
                     pairs = zip(windows.tokens, logits(title, command), reference, strict=True)
-                    compared = [compare(tokens, got, expected, skip=windows.skip) for tokens, got, expected in pairs]
-                    found[title] = summarize(compared).model_dump(mode="json")
+                    compared = [
+                        measures.compare(tokens, got, expected, skip=windows.skip) for tokens, got, expected in pairs
+                    ]
+                    found[title] = measures.summarize(compared).model_dump(mode="json")
                     cpu_report.print_accuracy(kind, title, found[title])
         return found
 

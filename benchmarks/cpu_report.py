@@ -112,10 +112,10 @@ def print_accuracy(kind: str, name: str, figures: dict[str, Any]) -> None:
 
 
 def rate_cell(found: dict[str, Any]) -> str:
-    """Median, least and most."""
+    """Median, least and most; a star if the machine was not steady in any round."""
     values = (found["rate"], min(found["rates"]), max(found["rates"]))
     mid, low, high = (f"{value:.0f}" if found["rate"] >= 100 else f"{value:.1f}" for value in values)
-    return f"{mid} ({low}-{high})"
+    return f"{mid} ({low}-{high}){'' if found['steady'] else ' *'}"
 
 
 def kl_cell(figures: dict[str, Any]) -> str:
@@ -176,6 +176,10 @@ def _notes(cases: dict[str, Any], names: list[str], accuracy: dict[str, Any]) ->
             f"({figures['windows']} windows, {figures['tokens']} tokens)."
         )
     dates = sorted({(case["date"], case["threads"]) for case in cases.values()})
+    if any(not found["steady"] for case in cases.values() for found in case["engines"].values()):
+        lines.append(
+            "- \\*: the memory's bandwidth was below its best before or after every round; the engine may be faster."
+        )
     lines.append("- Measured " + ", ".join(f"{date}, {threads} threads" for date, threads in dates) + ".")
     return lines
 

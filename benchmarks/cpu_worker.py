@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,74 +44,77 @@ class Engine(Protocol):
 
 
 def serve(engine: Engine) -> None:
-    """Answer commands until standard input ends."""
+    """Answer commands, which are the methods of `Commands`, until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    commands = Commands(engine)
 
     def answer(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
     answer(engine.details())
     for line in sys.stdin:
-        command = json.loads(line)
+        options = json.loads(line)
         try:
-            answer(_COMMANDS[command.pop("do")](engine, **command))
+            answer(getattr(commands, options.pop("do"))(**options))
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
 
 
-def _open(engine: Engine, batch: int, context: int, room: int, seed: int, vocab: int) -> dict[str, Any]:
-    """Prefill sequences, and take the first steps, which do not count."""
-    prompts = np.random.default_rng(seed).integers(2, vocab, (batch, context))
-    engine.start(prompts, room=room + WARM_STEPS + 2)
-    for _ in range(WARM_STEPS):
-        engine.step()
-    return {}
+class Commands:
+    """What a worker can be asked to do; options and answers are JSON."""
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._taken = 0
 
-def _decode(engine: Engine, batch: int, steps: int, seconds: float) -> dict[str, Any]:
-    """Time steps of the open sequences, at most `steps` or for about so many seconds."""
-    times: list[float] = []
-    inner: list[float | None] = []
-    begun = time.perf_counter()
-    while len(times) < steps and (len(times) < LEAST_STEPS or time.perf_counter() - begun < seconds):
+    def open(self, batch: int, context: int, room: int, seed: int, vocab: int) -> dict[str, Any]:
+        """Prefill sequences, and take the first steps, which do not count."""
+        prompts = np.random.default_rng(seed).integers(2, vocab, (batch, context))
+        self._engine.start(prompts, room=room + WARM_STEPS + 2)
+        for _ in range(WARM_STEPS):
+            self._engine.step()
+        self._taken = WARM_STEPS
+        return {}
+
+    def decode(self, batch: int, steps: int, seconds: float) -> dict[str, Any]:
+        """Time steps of the open sequences, at most `steps` or for about so many seconds.
+
+        Returns:
+            `grown`, beside the times: by how many tokens the sequences were longer than the prompt, on average.
+        """
+        times: list[float] = []
+        inner: list[float | None] = []
+        begun = time.perf_counter()
+        while len(times) < steps and (len(times) < LEAST_STEPS or time.perf_counter() - begun < seconds):
+            started = time.perf_counter()
+            inner.append(self._engine.step())
+            times.append(time.perf_counter() - started)
+        grown = self._taken + len(times) / 2
+        self._taken += len(times)
+        model = [value for value in inner if value is not None]
+        return {
+            "rate": batch * len(times) / sum(times),
+            "step_seconds": sum(times) / len(times),
+            "model_seconds": sum(model) / len(model) if model else None,
+            "steps": len(times),
+            "grown": grown,
+        }
+
+    def close(self) -> dict[str, Any]:
+        self._engine.stop()
+        return {}
+
+    def prefill(self, tokens: int, seed: int, vocab: int) -> dict[str, Any]:
+        prompt = np.random.default_rng(seed).integers(2, vocab, tokens)
         started = time.perf_counter()
-        inner.append(engine.step())
-        times.append(time.perf_counter() - started)
-    model = [value for value in inner if value is not None]
-    return {
-        "rate": batch * len(times) / sum(times),
-        "step_seconds": sum(times) / len(times),
-        "model_seconds": sum(model) / len(model) if model else None,
-        "steps": len(times),
-    }
+        self._engine.prefill(prompt)
+        seconds = time.perf_counter() - started
+        return {"rate": tokens / seconds, "step_seconds": seconds, "model_seconds": None, "steps": 1, "grown": 0}
 
-
-def _close(engine: Engine) -> dict[str, Any]:
-    engine.stop()
-    return {}
-
-
-def _prefill(engine: Engine, tokens: int, seed: int, vocab: int) -> dict[str, Any]:
-    prompt = np.random.default_rng(seed).integers(2, vocab, tokens)
-    started = time.perf_counter()
-    engine.prefill(prompt)
-    seconds = time.perf_counter() - started
-    return {"rate": tokens / seconds, "step_seconds": seconds, "model_seconds": None, "steps": 1}
-
-
-def _logits(engine: Engine, tokens: list[int], file: str) -> dict[str, Any]:
-    np.save(file, engine.logits(np.array(tokens)).astype(np.float32))
-    return {}
-
-
-_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "open": _open,
-    "decode": _decode,
-    "close": _close,
-    "prefill": _prefill,
-    "logits": _logits,
-}
+    def logits(self, tokens: list[int], file: str) -> dict[str, Any]:
+        np.save(file, self._engine.logits(np.array(tokens)).astype(np.float32))
+        return {}
 
 
 class WorkerError(Exception):
