@@ -106,7 +106,13 @@ struct RowsOfCodes {
     const int64_t unit = unit_of(columns, weight.group(), kind.step_columns), units = (columns + unit - 1) / unit;
     to = scratch<int32_t, 2>(rows * words);
     starts = scratch<int32_t, 1>(rows * units);
-    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, starts, unit, units};
+    auto* tables = scratch<int32_t, 6>(2 * units);
+    for (int64_t u = 0; u < units; u++) {
+      tables[u] = static_cast<int32_t>(u * unit / kind.step_columns);
+      tables[units + u] = static_cast<int32_t>(u * unit / weight.group());
+    }
+    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, starts, unit, units, tables,
+             tables + units};
   }
 
   // `codes` has zeros up to 4 * words.

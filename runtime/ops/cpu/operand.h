@@ -152,6 +152,8 @@ struct RoundedRows {
   int64_t steps_per_row, step_columns;
   const int32_t* starts;  // [rows, units]: the sum of the codes of each unit, times less the weight's offset
   int64_t unit, units;
+  const int32_t* step_of;   // [units]: which step of a row it takes; a table, as divisions would cost as much as its products
+  const int32_t* group_of;  // [units]: which group of the weight it is in
 };
 
 // The sum of `n` codes.

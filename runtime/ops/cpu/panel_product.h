@@ -22,7 +22,7 @@ void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t u
                   const float* scales, const float* zeros, float* c) {
   const int64_t first = unit * x.unit;
   const int32_t* start = x.starts + row * x.units + unit;
-  const float* steps = x.steps + row * x.steps_per_row + first / x.step_columns;
+  const float* steps = x.steps + row * x.steps_per_row + x.step_of[unit];
   for (int n = 0; n < kPanel; n += kTogether) {
     Sums<M, IntVec> sums;
     sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = splat_int(start[m * x.units]); });
@@ -47,11 +47,11 @@ template <typename Stream>
 void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows& x, int64_t first, int64_t rows,
                    const float* scales, const float* zeros, float* c) {
   const uint8_t* w = weight.panel(panel);
-  const int64_t columns = weight.columns(), group = weight.group();
+  const int64_t columns = weight.columns();
   std::fill_n(c, rows * kPanel, 0.0f);
   auto run_unit = [&](auto stream, auto m, const uint8_t* from, int64_t row, int64_t unit) {
     const int64_t k = unit * x.unit, count = round_up(std::min(x.unit, columns - k), decltype(stream)::kRun);
-    const int64_t at = k / group * kPanel;
+    const int64_t at = x.group_of[unit] * kPanel;
     integer_unit<decltype(stream), decltype(m)::value>(from, x, first + row, unit, count, scales + at,
                                                        zeros ? zeros + at : nullptr, c + row * kPanel);
   };
