@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from .optimizer.compile import compile
     from .runtime import LLM, GenerationResult, SamplingParams
 
-# A step runs hundreds of short parallel regions. With OpenMP's default, threads spin at the end of each, and a second
-# busy process on the machine makes a step up to a hundred times slower. It is read once, when torch loads OpenMP.
+# optc's kernels have a thread pool of their own (runtime/ops/cpu/parallel.h). What else runs on OpenMP's threads must not
+# take the cores from it: with OpenMP's default they spin long after a parallel region has ended. It is read once, when
+# torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"

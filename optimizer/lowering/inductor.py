@@ -61,7 +61,9 @@ def compile_step(program: Program, target: Target, path: Path) -> tuple[str, ...
             options = {
                 "aot_inductor.package_constants_in_so": False,
                 "cpp.march": _MARCH[target.isa] if platform.machine().lower() in ("x86_64", "amd64") else None,
-                "cpp.dynamic_threads": True,  # the machine that runs the code has another number of cores
+                # What Inductor generates is little, and a thread of OpenMP's takes longer to wake than it runs; optc's own
+                # kernels have their own threads.
+                "cpp.threads": 1,
                 "aot_inductor.custom_ops_to_c_shims": shims(),
             }
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)

@@ -1,6 +1,7 @@
 // optc::attention and optc::paged_attention on the CPU: arguments are checked here, before any thread starts.
 
 #include "flash.h"
+#include "shim.h"
 
 namespace optc {
 namespace {
@@ -173,4 +174,16 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
   m.impl("attention", TORCH_BOX(&optc::attention));
   m.impl("paged_attention", TORCH_BOX(&optc::paged_attention));
+}
+
+OPTC_SHIM aoti_torch_cpu_paged_attention(AtenTensorHandle q, AtenTensorHandle kv_cache, AtenTensorHandle block_table,
+                                         AtenTensorHandle query_start_loc, AtenTensorHandle seq_lens, int64_t v_dim,
+                                         double scale, int64_t window, double softcap, AtenTensorHandle* sinks,
+                                         AtenTensorHandle* out) {
+  using optc::shim::borrow;
+  return optc::shim::guarded("paged_attention", [&] {
+    optc::shim::give(optc::paged_attention(borrow(q), borrow(kv_cache), borrow(block_table), borrow(query_start_loc),
+                                           borrow(seq_lens), v_dim, scale, window, softcap, borrow(sinks)),
+                     out);
+  });
 }

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace optc {

@@ -331,7 +331,7 @@ void flash_attention(const Problem<T, Key>& problem) {
   constexpr int64_t kWorthAThread = 100'000;  // multiply-adds, about 5 us
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), cost / kWorthAThread + 1);
   std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     (void)begin, (void)end;  // a thread takes items until none is left, whichever part of the range it was given
     Worker<T, Key> worker(problem);
     auto take = [&]() -> const Item* {

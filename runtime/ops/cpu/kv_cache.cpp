@@ -17,7 +17,7 @@ void write_codes(const Tensor& x, const Tensor& kv_cache, const int64_t* slots, 
   const int64_t token_stride = x.stride(0), x_head_stride = x.stride(1);
   // A thread is worth waking for about 16 Ki elements.
   const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, heads * dim));
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> row(round_up(dim, kLanes));
     for (int64_t t = begin; t < end; t++) {
       if (slots[t] < 0) continue;  // padding
@@ -80,7 +80,7 @@ void kv_cache_write(const Tensor& k_in, const Tensor& v_in, Tensor kv_cache, con
 
   // A thread is worth waking for about 64 KiB.
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, heads * (k_bytes + v_bytes)));
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       if (slots[t] < 0) continue;  // padding
       char* row = cache + slots[t] / block_size * block_stride + slots[t] % block_size * row_stride;

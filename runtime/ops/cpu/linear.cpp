@@ -21,7 +21,7 @@ template <typename T, typename F>
 void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, const std::optional<Tensor>& bias,
                 T* out, const F& multiply) {
   const int64_t outputs = weight.outputs(), groups = weight.groups();
-  torch::stable::parallel_for(0, weight.panels(), grain(weight, rows), [&](int64_t begin, int64_t end) {
+  parallel_for(0, weight.panels(), grain(weight, rows), [&](int64_t begin, int64_t end) {
     float* c = scratch<float, 0>((kTile + 2 * groups + 1) * kPanel);
     float *scales = c + kTile * kPanel, *zeros = scales + groups * kPanel, *addend = zeros + groups * kPanel;
     for (int64_t first = 0; first < rows; first += kTile) {
@@ -75,7 +75,7 @@ void multiply_floats(const PackedWeight& weight, const InterleavedRows& x, int64
 // For each row, on several threads if it is worth it.
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (16 << 10) / columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, (16 << 10) / columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) f(m);
   });
 }

@@ -45,7 +45,7 @@ template <typename T>
 void multiply_panel(const float* x, int64_t rows, int64_t width, const StoredWeight& weight, int64_t start,
                     int64_t outputs, const float* bias, T* out) {
   const int64_t tiles = (outputs + kWeightRows - 1) / kWeightRows;
-  torch::stable::parallel_for(0, tiles, grain(kWeightRows * width * (rows + 4)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, grain(kWeightRows * width * (rows + 4)), [&](int64_t begin, int64_t end) {
     std::vector<float> w(kWeightRows * width), scratch(weight.scratch());
     for (int64_t first = begin * kWeightRows; first < std::min(outputs, end * kWeightRows); first += kWeightRows) {
       const int64_t count = std::min<int64_t>(kWeightRows, outputs - first);
@@ -69,7 +69,7 @@ void multiply_panel(const float* x, int64_t rows, int64_t width, const StoredWei
 // Rows of x become float32, rounded as `activation` says, with zeros after the last column.
 template <typename T>
 void read_panel(const T* x, int64_t rows, int64_t columns, int64_t width, const Activation& activation, float* to) {
-  torch::stable::parallel_for(0, rows, grain(4 * columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain(4 * columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       float* row = to + m * width;
       load_row(x + m * columns, row, columns);
@@ -173,7 +173,7 @@ Tensor embedding_quantized(const Tensor& ids_in, const Tensor& codes, const Tens
 
   dispatch_float("embedding_quantized", dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(out.data_ptr());
-    torch::stable::parallel_for(0, count, grain(4 * columns), [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, grain(4 * columns), [&](int64_t begin, int64_t end) {
       std::vector<float> row(round_up(columns, 8)), scratch(weight.scratch());
       for (int64_t i = begin; i < end; i++) {
         weight.expand(id[i], row.data(), scratch.data());

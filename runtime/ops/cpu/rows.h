@@ -133,7 +133,7 @@ inline void for_each_row(int64_t count, int64_t columns, const F& f) {
     for (int64_t i = 0; i < count; i++) f(i);
     return;
   }
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) f(i);
   });
 }

@@ -1,0 +1,46 @@
+// Runs the pieces of a kernel on several threads: a pool of our own.
+//
+// A decode step has over a hundred parallel regions of 10 to 100 us. OpenMP's threads either sleep at the end of each, and
+// then waking them costs more than the work, or they spin, and then every region waits for a thread that the system may
+// have given its core to somebody else. Here threads spin for a moment and sleep then, and nobody waits for a thread that
+// has not begun: whoever is awake takes the next piece, the caller too. Kernels give each piece the same numbers whoever
+// computes it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace optc {
+
+using Pieces = void (*)(int64_t begin, int64_t end, const void* f);
+
+// Calls run(begin, end, f) for ranges that cover 0 .. count - 1, each `chunk` long, on at most `threads` threads.
+void run_pieces(int64_t count, int64_t chunk, int64_t threads, Pieces run, const void* f);
+
+// Calls f(begin, end) for ranges that cover first .. last - 1, each at least `grain` long (but for the last), on as many
+// threads as PyTorch is set to use. Inside of a parallel region, or while another thread runs one, on this thread alone.
+template <typename F>
+inline void parallel_for(int64_t first, int64_t last, int64_t grain, const F& f) {
+  const int64_t count = last - first;
+  if (count <= 0) return;
+  if (count <= grain) return f(first, last);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1) return f(first, last);
+  struct Shifted {
+    const F& f;
+    int64_t first;
+  } shifted{f, first};
+  // Four pieces a thread: one that is late has little left to do.
+  const int64_t chunk = std::max(grain, (count + 4 * threads - 1) / (4 * threads));
+  run_pieces(
+      count, chunk, threads,
+      [](int64_t begin, int64_t end, const void* context) {
+        const auto& given = *static_cast<const Shifted*>(context);
+        given.f(given.first + begin, given.first + end);
+      },
+      &shifted);
+}
+
+}  // namespace optc
