@@ -123,7 +123,7 @@ def _with_weight(x: fx.Node, normed: fx.Node, eps: float) -> _Norm | str:
     """From `normed`, f32, past casts and the weight to the end of the norm."""
     dtype, channels = value_of(x).dtype, value_of(x).shape[-1]
     node = _only_user(normed)
-    if cast_input(node) is normed and value_of(node).dtype == dtype:
+    if node is not None and cast_input(node) is normed and value_of(node).dtype == dtype:
         normed, node = node, _only_user(node)
     factors = operands(node, aten.mul.Tensor)
     if node is None or factors is None:
@@ -132,11 +132,13 @@ def _with_weight(x: fx.Node, normed: fx.Node, eps: float) -> _Norm | str:
     if isinstance(weight, str):
         return weight
     if value_of(node).dtype != dtype:
-        product, node = node, _only_user(node)
-        if node is None or cast_input(node) is not product:
-            return f"its result stays in {value_of(product).dtype}, and its input is in {dtype}"
-    while cast_input(after := _only_user(node)) is node and after is not None and value_of(after).dtype == dtype:
-        node = after  # in float32 the last cast changes nothing
+        cast = _only_user(node)
+        if cast is None or cast_input(cast) is not node:
+            return f"its result stays in {value_of(node).dtype}, and its input is in {dtype}"
+        node = cast
+    cast = _only_user(node)
+    if cast is not None and cast_input(cast) is node and value_of(cast).dtype == dtype:
+        node = cast  # in float32 the last cast changes nothing
     return _checked(_Norm(x, weight[0], eps, weight[1], node))
 
 

@@ -83,8 +83,9 @@ def _rotation(out: Any) -> _Rotation | str:
         rest = slice_of_last(parts[1])
         if rest is None or rest[2] != dim:
             return "a concatenation whose end is not the end of a head"
-        node, whole = parts[0], rest[0]
-        assert isinstance(node, fx.Node)
+        whole = rest[0]
+        assert isinstance(parts[0], fx.Node)
+        node = parts[0]
     node = cast_input(node) or node
     found = _halves(node)
     if isinstance(found, str):

@@ -98,10 +98,14 @@ def _head_norm(x: Any) -> fx.Node | None:
     """The RMSNorm over the last dimension of x [1, H, T, D], if it is one or a transposed one, used nowhere else."""
     node = x
     if isinstance(node, fx.Node) and node.target is aten.transpose.int and len(node.users) == 1:
-        node = node.args[0] if sorted(node.args[1:]) == [1, 2] else None
+        node = node.args[0] if _swaps_heads_and_tokens(node) else None
     if not isinstance(node, fx.Node) or node.target is not optc.rms_norm.default or len(node.users) != 1:
         return None
     return node
+
+
+def _swaps_heads_and_tokens(transpose: fx.Node) -> bool:
+    return tuple(transpose.args[1:]) in ((1, 2), (2, 1))
 
 
 def _packed(graph: fx.Graph, x: Any, skipped: fx.Node | None) -> fx.Node:
@@ -110,7 +114,7 @@ def _packed(graph: fx.Graph, x: Any, skipped: fx.Node | None) -> fx.Node:
     if skipped is not None and x is skipped:
         x = x.args[0]
         assert isinstance(x, fx.Node)
-    if x.target is aten.transpose.int and sorted(x.args[1:]) == [1, 2]:
+    if x.target is aten.transpose.int and _swaps_heads_and_tokens(x):
         tokens_first = x.args[0]
         if skipped is not None and tokens_first is skipped:
             tokens_first = skipped.args[0]

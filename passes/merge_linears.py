@@ -102,9 +102,9 @@ def _merge(program: Program, nodes: list[fx.Node]) -> None:
                 out.meta[key] = first.meta[key]
         start = 0
         for node, count in zip(nodes, rows, strict=True):
-            part = call(graph, aten.slice.Tensor, out, value_of(node).dim() - 1, start, start + count)
-            part.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-            node.replace_all_uses_with(part)
+            rows_of = call(graph, aten.slice.Tensor, out, value_of(node).dim() - 1, start, start + count)
+            rows_of.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+            node.replace_all_uses_with(rows_of)
             start += count
     for node, of_node in zip(nodes, names, strict=True):
         weights = list(_weights(node).values())

@@ -125,7 +125,7 @@ def test_reference_is_that_of_the_stored_weight(case: Case) -> None:
 
 def check_linear(case: Case, rows: int) -> None:
     arguments, _ = packed_arguments(case, rows)
-    x, weight, scale, zero, input_scale, bias, outputs, bits, group, activation = arguments
+    x, weight, scale, zero, input_scale, bias, _, _, group, activation = arguments
     wide = x.float()
     rounded = wide if activation == "none" else quantize_activations(wide, activation, input_scale)
     size = rounded.abs() @ case.weight().dequantize().abs().t()

@@ -31,8 +31,8 @@ def written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("target", "int8", "int4", "fp8"),
     [
-        ("native", "w8a8", "w4a16-g128", "fp8-weight"),
-        ("cpu-avx512", "w8a8", "w4a16-g128", "fp8-weight"),
+        ("native", "w8a8g-g128", "w4a8g-g128", "fp8-weight"),
+        ("cpu-avx512", "w8a8g-g128", "w4a8g-g128", "fp8-weight"),
         ("a100", "w8a8", "w4a16-g128", None),
         ("h100", "w8a8", "w4a16-g128", "fp8-dynamic"),
     ],
@@ -48,7 +48,10 @@ def test_every_preset_of_every_target_is_one_that_the_target_can_compute() -> No
                 with pytest.raises(TargetError, match=rf"--{preset} .*{target.architecture} has no FP8 tensor cores"):
                     make_recipe(preset, target)
             else:
-                assert make_recipe(preset, target) == Recipe(default=scheme, adapt=True)
+                of_head = target.device == "cpu" and preset != "fp8"
+                rules = (Rule(role="lm_head", scheme="w8a8g-g128"),) if of_head else ()
+                assert make_recipe(preset, target) == Recipe(default=scheme, adapt=True, rules=rules)
+                assert make_recipe(preset, target, with_head=False) == Recipe(default=scheme, adapt=True)
 
 
 def test_fp8_activations_are_refused_where_there_is_no_fp8(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_an_algorithm_that_changes_nothing_is_refused(algorithm: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "algorithm", "lacks"),
     [
-        ("int4", "smoothquant", "rounded activations, and w4a16-g128 has none"),
+        ("w4a16-g128", "smoothquant", "rounded activations, and w4a16-g128 has none"),
         ("w8a16", "smoothquant+gptq", "rounded activations, and w8a16 has none"),
         ("fp8", "awq", "integer weights, and fp8-weight has none"),
     ],

@@ -64,7 +64,7 @@ def unpack_matrix(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     values = _as_bytes(packed).view(packed.shape[0], packed.shape[1], 2, _HALF, run)
     if packed.dtype == torch.uint8 and bits == 4:
         values = torch.cat([values & 15, values >> 4], dim=-1)
-    matrix = values.permute(0, 2, 3, 1, 4).reshape(packed.shape[0] * PANEL, -1)[:rows, :columns].contiguous()
+    matrix: Tensor = values.permute(0, 2, 3, 1, 4).reshape(packed.shape[0] * PANEL, -1)[:rows, :columns].contiguous()
     if packed.dtype == torch.uint8:
         return (matrix.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     return matrix.view(packed.dtype)
