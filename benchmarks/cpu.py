@@ -6,9 +6,10 @@
 
 Every engine lives in a process of its own, stays loaded, and works only while it is asked: in each round each engine is
 asked once, in an order that changes from round to round, with the machine's memory bandwidth measured before and after;
-a measurement beside a low one, as a virtual machine has at times, is made again (bandwidth.py). A decode figure is the
-rate of the steps after the prefill. It is held against the roofline: the time in which the bytes that the step reads
-(weights, and keys and values) pass at that bandwidth. A peer that is not installed is left out, and the output says so.
+a measurement beside a low one, as a virtual machine has at times, or beside other programs is made again (bandwidth.py).
+A decode figure is the rate of the steps after the prefill. It is held against the roofline: the time in which the bytes
+that the step reads (weights, and keys and values) pass at that bandwidth. A peer that is not installed is left out, and
+the output says so.
 Results go into a JSON file, those of earlier calls are kept; the table and the plots are made of all.
 
 Accuracy is the KL divergence of the bundled model in the same format from the checkpoint in float32, by each engine's own
@@ -142,7 +143,7 @@ def main(
         if accuracy:
             results.add_accuracy(kind, bench.accuracy(kind))
         if speed:
-            steady = steady or Steady(Bandwidth(work, threads))
+            steady = steady or Steady(Bandwidth(work, threads), work / "best-bandwidth")
             for case in cases:
                 found = bench.measure(kind, case, steady, rounds=rounds, steps=steps, seconds=seconds)
                 if found is not None:
@@ -162,7 +163,10 @@ def summarize(case: Case, details: dict[str, Any], measured: list[Measured], ban
         "rates": rates,
         "step_seconds": step,
         "model_seconds": statistics.median(inner) if inner else None,
-        "rounds": [{**one.value, "bandwidths": one.bandwidths, "steady": one.steady} for one in measured],
+        "rounds": [
+            {**one.value, "bandwidths": one.bandwidths, "foreign": one.foreign, "steady": one.steady}
+            for one in measured
+        ],
         "steady": sum(one.steady for one in measured),
         "details": details,
     }

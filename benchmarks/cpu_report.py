@@ -178,7 +178,7 @@ def _notes(cases: dict[str, Any], names: list[str], accuracy: dict[str, Any]) ->
     dates = sorted({(case["date"], case["threads"]) for case in cases.values()})
     if any(not found["steady"] for case in cases.values() for found in case["engines"].values()):
         lines.append(
-            "- \\*: the memory's bandwidth was below its best before or after every round; the engine may be faster."
+            "- \\*: in every round the memory's bandwidth was low, or other programs ran; the engine may be faster."
         )
     lines.append("- Measured " + ", ".join(f"{date}, {threads} threads" for date, threads in dates) + ".")
     return lines

@@ -146,18 +146,19 @@ def test_what_is_no_artifact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (3, "update optc"),
+        (4, "update optc"),
         (999, "update optc"),
         (1, "compile the model again"),
         (-1, "compile"),
-        ("2", "compile"),
+        (2, "compile the model again"),
+        ("3", "compile"),
         (None, "compile"),
     ],
 )
 def test_schema_versions(version: object, way_out: str, editable: Path) -> None:
     change(editable, schema_version=version)
     with pytest.raises(
-        ArtifactError, match=rf"manifest\.json: schema version {version!r}; this runtime reads 2: {way_out}"
+        ArtifactError, match=rf"manifest\.json: schema version {version!r}; this runtime reads 3: {way_out}"
     ):
         open_artifact(editable)
 

@@ -372,7 +372,7 @@ def test_the_manifest_has_the_choice_and_what_was_measured(manifest: Manifest) -
     for group in record.groups:
         assert {schemes.get(name, KEEP) for name in group.weights} == {group.chosen}
         assert group.kl[KEEP] == 0 and group.bits_per_weight[KEEP] == 32
-        assert group.kl["w4a16-g32"] > group.kl["w8a16"] > 0
+        assert group.kl["w4a8g-g32"] > group.kl["w8a8g-channel"] > 0
     assert {layer.algorithm for layer in quantization.layers} <= {"gptq", "rtn"}
     assert "gptq" in {layer.algorithm for layer in quantization.layers}
 
@@ -411,7 +411,7 @@ def test_exit_code_3_with_the_table_and_nothing_written(folder: Path, tmp_path: 
     result = run("compile", folder, "-o", output, "--backend", "eager", "--max-kl", 1e-12, "-q", *FEW)
     failed(result, 3, "--max-kl 1e-12", "cannot be kept")
     lines = result.stderr.splitlines()
-    assert sum("q_proj.weight" in line for line in lines) == 2 and "w4a16-g32" in result.stderr
+    assert sum("q_proj.weight" in line for line in lines) == 2 and "w4a8g-g32" in result.stderr
     assert not result.stdout and not list(tmp_path.iterdir())
 
 

@@ -286,7 +286,8 @@ def test_the_checkpoints_own_data_is_the_default(editable_checkpoint: Path, tmp_
     assert (record["source"], record["num_samples"], record["sequence_length"], record["seed"]) == (
         "calibration.txt", 2, 32, 5,
     )  # fmt: skip
-    assert {layer["algorithm"] for layer in report["quantization"]["layers"]} == {"gptq"}
+    algorithms = {(layer["role"] == "lm_head", layer["algorithm"]) for layer in report["quantization"]["layers"]}
+    assert algorithms == {(False, "gptq"), (True, "rtn")}  # the head has 8 bits
     assert report["model"]["notes"] == []
 
 

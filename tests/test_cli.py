@@ -102,7 +102,7 @@ def test_targets_and_passes(checkpoint: Path) -> None:
     assert {"cpu-avx2", "cpu-avx512", "cpu-amx"} <= {target["name"] for target in targets}
     assert "h100" in run("targets").stdout
     passes = [record["name"] for record in json.loads(run("passes", "--json").stdout)]
-    assert passes[:2] == ["canonicalize", "smooth_quant"] and passes[-1] == "quantize_kv_cache"
+    assert passes[:2] == ["canonicalize", "smooth_quant"] and passes[-1] == "fuse_quantize"
     assert passes.index("quantize") < passes.index("kv_cache") < passes.index("paged_attention")
     assert "paged_attention" in run("passes").stdout
 

@@ -168,7 +168,7 @@ def test_the_cache_is_that_small(artifacts: Callable[[str], Path], artifact: Pat
     assert manifest.memory.kv_bytes_per_token == 2 * 2 * 40
     assert manifest.quantization is not None and manifest.quantization.kv_cache_scheme is not None
     assert manifest.quantization.layers == ()
-    assert manifest.passes[-1].name == "quantize_kv_cache"
+    assert "quantize_kv_cache" in [record.name for record in manifest.passes]
     executor = Executor(open_artifact(artifacts(kv_cache)), num_blocks=3, native=False)
     assert sum(cache.nbytes for cache in executor.caches.values()) == 3 * 16 * manifest.memory.kv_bytes_per_token
     memory = 2**16

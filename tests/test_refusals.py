@@ -70,8 +70,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**SMALL, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
         r"falcon uses ALiBi: FalconAttention.*use a model",
     ),
-    "gptj": (GPT, r"transformer\.h\.0\.attn \(GPTJAttention\).*bypasses.*use a model"),
-    "codegen": (GPT, r"transformer\.h\.0\.attn \(CodeGenAttention\).*bypasses.*use a model"),
     "gpt_neo": (
         {**SMALL, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
         r"\(GPTNeoSelfAttention\).*bypasses.*use a model",
