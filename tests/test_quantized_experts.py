@@ -166,7 +166,8 @@ def test_a_family_computes_what_its_codes_mean(name: str, tmp_path: Path) -> Non
     for layer in layers:
         stored = sum(sizes_of(sizes[constant].shape, sizes[constant].dtype) for constant in layer.constants.values())
         assert layer.bits_per_weight * math.prod(layer.shape) == pytest.approx(8 * stored)
-        assert layer.bits_per_weight < 5.5 and weights[layer.name].shape == parameters[layer.name].shape
+        most = 8.5 if layer.role == "lm_head" else 5.5
+        assert layer.bits_per_weight < most and weights[layer.name].shape == parameters[layer.name].shape
     with torch.no_grad():
         for key, value in parameters.items():
             if key not in {layer.name for layer in layers}:
