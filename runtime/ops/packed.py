@@ -66,7 +66,8 @@ def unpack_matrix(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
         values = torch.cat([values & 15, values >> 4], dim=-1)
     matrix: Tensor = values.permute(0, 2, 3, 1, 4).reshape(packed.shape[0] * PANEL, -1)[:rows, :columns].contiguous()
     if packed.dtype == torch.uint8:
-        return (matrix.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        codes: Tensor = (matrix.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        return codes
     return matrix.view(packed.dtype)
 
 
