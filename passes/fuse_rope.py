@@ -15,7 +15,8 @@ from .match import FLOATS, cast_input, operands, slice_of_last
 
 aten, optc = torch.ops.aten, torch.ops.optc
 
-_LARGEST_HEAD = 1024
+LARGEST_HEAD = 1024
+"""The kernels keep a head on the stack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def _rotation(out: Any) -> _Rotation | str:
     if not isinstance(out, fx.Node) or value_of(out).dim() != 4:
         return "not of four dimensions"
     dtype, dim = value_of(out).dtype, value_of(out).shape[-1]
-    if dtype not in FLOATS or not isinstance(dim, int) or dim > _LARGEST_HEAD:
+    if dtype not in FLOATS or not isinstance(dim, int) or dim > LARGEST_HEAD:
         return f"heads of {dim} numbers in {dtype}"
     node, whole = out, None
     if node.target is aten.cat.default:  # of what is rotated and the rest

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from .base import Pass, Result
-from .graph import Program, call
+from .fuse_rope import LARGEST_HEAD
+from .graph import Program, call, value_of
 
 aten, optc = torch.ops.aten, torch.ops.optc
 
@@ -34,6 +35,9 @@ class FuseRopeKVWrite(Pass):
                 continue  # keys that are not rotated
             if isinstance(rope, str):
                 result.decline(node, rope)
+                continue
+            if value_of(node.args[1]).shape[-1] > LARGEST_HEAD:
+                result.decline(node, f"values of {value_of(node.args[1]).shape[-1]} numbers")
                 continue
             outputs = {user.args[1]: user for user in rope.users}
             if set(outputs) != {0, 1} or len(outputs[1].users) != 1:
