@@ -36,10 +36,11 @@ Tensor attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, dou
   check_shape("k", k_in, {batch, kv_heads, tokens, k_dim});
   check_shape("v", v_in, {batch, kv_heads, tokens, v_dim});
   const ScalarType dtype = q_in.scalar_type();
+  check_float("attention", dtype);
   check_dtype("k", k_in, dtype);
   check_dtype("v", v_in, dtype);
   const Tensor q = with_adjacent_elements(q_in), k = with_adjacent_elements(k_in), v = with_adjacent_elements(v_in);
-  Tensor out = torch::stable::new_empty(q, {batch, tokens, heads, v_dim});
+  Tensor out = new_tensor({batch, tokens, heads, v_dim}, dtype);
   const int32_t only_block = 0;
 
   dispatch_float("attention", dtype, [&](auto type) {
@@ -113,6 +114,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
   check_shape("block_table", block_table_in, {batch, -1});
   check_shape("query_start_loc", query_start_loc_in, {batch + 1});
   const ScalarType dtype = q_in.scalar_type();
+  check_float("paged_attention", dtype);
   check_dtype("kv_cache", kv_cache, is_quantized(kv_cache) ? kv_cache.scalar_type() : dtype);
   check_dtype("block_table", block_table_in, ScalarType::Int);
   check_dtype("query_start_loc", query_start_loc_in, ScalarType::Int);
@@ -123,7 +125,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
   const Tensor block_table = as_contiguous(block_table_in);
   const Tensor query_start_loc = as_contiguous(query_start_loc_in);
   const Tensor seq_lens = as_contiguous(seq_lens_in);
-  Tensor out = torch::stable::new_empty(q, {tokens, heads, v_dim});
+  Tensor out = new_tensor({tokens, heads, v_dim}, dtype);
 
   dispatch_float("paged_attention", dtype, [&](auto type) {
     using T = decltype(type);

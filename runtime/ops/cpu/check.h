@@ -75,4 +75,8 @@ inline void dispatch_float(const char* op, ScalarType dtype, const F& f) {
   }
 }
 
+inline void check_float(const char* op, ScalarType dtype) {
+  dispatch_float(op, dtype, [](auto) {});
+}
+
 }  // namespace optc
