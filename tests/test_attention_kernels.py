@@ -599,7 +599,9 @@ def test_build_without_compiler(compiler: str, message: str, monkeypatch: pytest
 
 
 def test_build_for_unknown_isa() -> None:
-    with pytest.raises(LoweringError, match="unknown instruction set 'sse9', expected one of avx512_bf16, avx512_vnni, avx512"):
+    with pytest.raises(
+        LoweringError, match="unknown instruction set 'sse9', expected one of avx512_bf16, avx512_vnni, avx512"
+    ):
         build_kernels("sse9")
     assert not supports("sse9")
     assert supports(host_isa()) and supports("generic")
