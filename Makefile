@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TYPED := -p optc.optimizer -p optc.passes -p optc.runtime -m optc -m optc.cli -m optc.errors
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check format schema bench clean
+.PHONY: demo test test-all sanitize check format schema bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/optc compile examples/tiny-llama -o build/tiny.optc --force
@@ -19,6 +19,17 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST)
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in every instruction set that this machine has. They are
+# built first: a compiler takes long under the sanitizer's allocator.
+SANITIZED := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -g1"
+BUILD_ALL := from optc.optimizer.lowering.native import *; from optc.runtime.ops.kernels import supports; \
+	[build_kernels(isa) for isa in REQUIRED_FLAGS if supports(isa)]
+
+sanitize: $(INSTALLED)
+	$(SANITIZED) OPTC_CACHE=.pytest_cache/d $(BIN)/python -c "$(BUILD_ALL)"
+	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_*_kernels.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def checkpoint_names(
         if given and len(names) > 1:
             raise UsageError(
                 f"{given[0]} cannot be exported: it is quantized and tied ({' and '.join(names)} are one weight), which other "
-                "tools do not take; compile with lm_head and embedding in full precision"
+                "tools do not take; compile with --scheme, which leaves lm_head and embedding in full precision"
             )
         found = next((plain[name] for name in names if name in plain), None)
         if found is None and not given:

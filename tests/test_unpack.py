@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import optc
 from optc.errors import ArtifactError
+from optc.optimizer.export import export
 from optc.passes.quantize.quantize import scale_dtype
 from optc.passes.quantize.rtn import rtn
 from optc.runtime.artifact import Artifact, open_artifact
@@ -18,6 +20,7 @@ from optc.runtime.scheme import find_scheme
 from optc.runtime.unpack import stored_weights, unpack
 
 from .families import load_reference, save_model
+from .test_prequantized import same_bits
 
 
 def compiled(name: str, tmp_path: Path, **options: Any) -> tuple[Artifact, dict[str, torch.Tensor]]:
@@ -62,6 +65,30 @@ def test_quantized_weights_come_back_as_their_codes_mean(name: str, count: int, 
             assert weights[key].dtype == torch.float32 and not torch.equal(rounded, rows)
             value = rounded.t() if name == "gpt2" else rounded
         assert torch.equal(weights[key], value), key
+
+
+@pytest.mark.parametrize("quantize", ["int4", None])
+def test_what_kernels_read_comes_back_to_the_bit(quantize: str | None, tmp_path: Path) -> None:
+    """Merged and packed into panels for the kernels of a CPU, or as the portable program has them: the same weights."""
+    source = save_model("llama", tmp_path / "llama")
+    options: dict[str, Any] = {"quantize": quantize, "target": "native", "verify": False}
+    packed = open_artifact(optc.compile(source, tmp_path / "native.optc", **options))
+    plain = open_artifact(optc.compile(source, tmp_path / "eager.optc", backend="eager", **options))
+    records = packed.manifest.constants.values()
+    assert any(record.panels for record in records)
+    assert not any(record.panels or record.merged for record in plain.manifest.constants.values())
+    found, expected = unpack(packed), unpack(plain)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for (layer, stored), (other, weight) in zip(stored_weights(packed), stored_weights(plain), strict=True):
+        assert layer.name == other.name and same_bits(stored, weight)
+    if quantize:
+        assert any(layer.first_row for layer, _ in stored_weights(packed)), "some are rows of a merged matrix"
+        remarks = [export(artifact.path, tmp_path / artifact.path.stem) for artifact in (packed, plain)]
+        assert remarks[0] == remarks[1] and any("rounded in groups" in remark for remark in remarks[0])
+        written = [load_file(tmp_path / name / "model.safetensors") for name in ("native", "eager")]
+        assert written[0].keys() == written[1].keys()
+        assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
 
 
 def test_a_layout_that_is_not_true(editable: Path, edit_manifest: Any) -> None:

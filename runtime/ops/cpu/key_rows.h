@@ -19,8 +19,9 @@ struct KeyRows {
   Run runs[kIsCode<Key> ? kSplitKeys : 1];
 };
 
+// Into the second-level cache: what is on its way to the first holds the entries that this split's own loads need.
 inline void prefetch_bytes(const void* at, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
 }
 
 // Finds the rows of a split. Past the last one it is repeated up to a multiple of 16, so that whole vectors of keys are

@@ -111,8 +111,7 @@ struct RowsOfCodes {
       tables[u] = static_cast<int32_t>(u * unit / kind.step_columns);
       tables[units + u] = static_cast<int32_t>(u * unit / weight.group());
     }
-    found = {{to, words}, steps, kind.steps_per_row(columns), kind.step_columns, starts, unit, units, tables,
-             tables + units};
+    found = {{to, words}, steps, kind.steps_per_row(columns), starts, unit, units, tables, tables + units};
   }
 
   // `codes` has zeros up to 4 * words.

@@ -35,7 +35,7 @@ class PackedWeight {
  public:
   PackedWeight(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
                int64_t outputs, int64_t columns, int64_t bits, int64_t group)
-      : weight_(weight), scale_(scale), zero_(zero), outputs_(outputs), columns_(columns), store_(store_of(weight, bits)) {
+      : outputs_(outputs), columns_(columns), store_(store_of(weight, bits)) {
     check(outputs > 0 && columns > 0, "a packed weight must have rows and columns");
     panels_ = (outputs + kPanel - 1) / kPanel;
     const int64_t run = run_of(store_), runs = (columns + run - 1) / run;
@@ -43,14 +43,15 @@ class PackedWeight {
     check(weight.is_cpu() && weight.is_contiguous(), "weight must be contiguous and on the CPU");
     panel_bytes_ = runs * run_bytes(store_);
     check(scale.has_value() == has_codes(), "codes need a scale, and other weights have none");
+    data_ = static_cast<const uint8_t*>(weight.const_data_ptr());
     if (!scale) return;
     check(group > 0, "group must be positive");
     group_ = std::min(group, columns);
     groups_ = (columns + group_ - 1) / group_;
     check(groups_ == 1 || group_ % 8 == 0, "groups of ", group_, " columns, expected a multiple of 8");
-    check_groups("scale", *scale);
-    check(scale->scalar_type() != ScalarType::Char, "scale must be floating");
-    if (zero) check_groups("zero", *zero);
+    scale_ = groups_of("scale", *scale);
+    check(scale_.dtype != ScalarType::Char, "scale must be floating");
+    if (zero) zero_ = groups_of("zero", *zero);
   }
 
   int64_t outputs() const { return outputs_; }
@@ -61,21 +62,19 @@ class PackedWeight {
   Store store() const { return store_; }
   bool has_codes() const { return is_integer() || store_ == Store::kFloat8; }
   bool is_integer() const { return store_ == Store::kNibbles || store_ == Store::kBytes; }
-  bool has_zero() const { return zero_.has_value(); }
-  bool has_integer_zero() const { return zero_ && zero_->scalar_type() == ScalarType::Char; }
+  bool has_zero() const { return zero_.data != nullptr; }
+  bool has_integer_zero() const { return has_zero() && zero_.dtype == ScalarType::Char; }
 
   // What is added to a code where it is stored.
   int32_t offset() const { return store_ == Store::kNibbles ? 8 : store_ == Store::kBytes ? 128 : 0; }
 
-  const uint8_t* panel(int64_t i) const {
-    return static_cast<const uint8_t*>(weight_.const_data_ptr()) + i * panel_bytes_;
-  }
+  const uint8_t* panel(int64_t i) const { return data_ + i * panel_bytes_; }
 
   // Where column k, the first of a run, lies in a panel.
   int64_t position(int64_t k) const { return k / run_of(store_) * run_bytes(store_); }
 
-  void read_scales(int64_t panel, float* to) const { read_groups(*scale_, panel, to); }
-  void read_zeros(int64_t panel, float* to) const { read_groups(*zero_, panel, to); }
+  void read_scales(int64_t panel, float* to) const { read_groups(scale_, panel, to); }
+  void read_zeros(int64_t panel, float* to) const { read_groups(zero_, panel, to); }
 
  private:
   static Store store_of(const Tensor& weight, int64_t bits) {
@@ -93,23 +92,35 @@ class PackedWeight {
     return Store::kFloat;
   }
 
-  void check_groups(const char* name, const Tensor& tensor) const {
+  // A number for each group of columns and output: [panels, groups, kPanel].
+  struct Groups {
+    const char* data = nullptr;
+    ScalarType dtype = ScalarType::Float;
+    int64_t element_bytes = 0;
+  };
+
+  Groups groups_of(const char* name, const Tensor& tensor) const {
     check_shape(name, tensor, {panels_, groups_, kPanel});
     check(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
-    if (tensor.scalar_type() != ScalarType::Char) dispatch_float(name, tensor.scalar_type(), [](auto) {});
+    const ScalarType dtype = tensor.scalar_type();
+    if (dtype != ScalarType::Char) check_float(name, dtype);
+    return {static_cast<const char*>(tensor.const_data_ptr()), dtype, static_cast<int64_t>(tensor.element_size())};
   }
 
-  void read_groups(const Tensor& tensor, int64_t panel, float* to) const {
-    const int64_t count = groups_ * kPanel;
-    if (tensor.scalar_type() == ScalarType::Char)
-      return load_row(static_cast<const int8_t*>(tensor.const_data_ptr()) + panel * count, to, count);
-    read_floats("scale", tensor, panel * count, count, to);
+  // Those of a panel; those of the next one are fetched.
+  void read_groups(const Groups& numbers, int64_t panel, float* to) const {
+    const int64_t count = groups_ * kPanel, bytes = count * numbers.element_bytes;
+    const char* from = numbers.data + panel * bytes;
+    fetch(from + bytes, bytes);
+    if (numbers.dtype == ScalarType::Char) return load_row(reinterpret_cast<const int8_t*>(from), to, count);
+    dispatch_float("scale", numbers.dtype,
+                   [&](auto type) { load_row(reinterpret_cast<const decltype(type)*>(from), to, count); });
   }
 
-  const Tensor& weight_;
-  const std::optional<Tensor>&scale_, &zero_;
   int64_t outputs_, columns_, panels_ = 0, panel_bytes_ = 0, group_ = 0, groups_ = 0;
   Store store_;
+  const uint8_t* data_ = nullptr;
+  Groups scale_, zero_;
 };
 
 // Columns that are summed up at a time: none of them lie in different groups of `group` or of `step` columns. They depend
@@ -149,7 +160,7 @@ struct InterleavedRows {
 struct RoundedRows {
   InterleavedRows rows;  // zeros after the last column up to a multiple of 8
   const float* steps;    // [rows, steps_per_row]
-  int64_t steps_per_row, step_columns;
+  int64_t steps_per_row;
   const int32_t* starts;  // [rows, units]: the sum of the codes of each unit, times less the weight's offset
   int64_t unit, units;
   const int32_t* step_of;   // [units]: which step of a row it takes; a table, as divisions would cost as much as its products

@@ -20,6 +20,12 @@ constexpr int kTogether = 2 * kLanes;              // outputs of a panel that ar
 constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
 
+// Memory that is needed soon, into the second-level cache: what is on its way to the first holds the entries that loads
+// of the meantime need.
+inline void fetch(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
+}
+
 inline Vec fmadd(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -145,7 +151,6 @@ struct NibbleStream {
 
 // Of float32 numbers [columns][32]:
 struct FloatStream {
-  using X = float;
   template <int M>
   static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k++, w += 4 * kPanel, x += M) {
@@ -161,7 +166,6 @@ struct FloatStream {
 #ifdef __AVX512BF16__
 // Of bfloat16 numbers in runs of two columns:
 struct PairStream {
-  using X = BFloat16;
   template <int M>
   static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M) {
