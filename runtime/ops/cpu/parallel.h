@@ -19,8 +19,8 @@ using Pieces = void (*)(int64_t begin, int64_t end, const void* f);
 // Calls run(begin, end, f) for ranges that cover 0 .. count - 1, each `chunk` long, on at most `threads` threads.
 void run_pieces(int64_t count, int64_t chunk, int64_t threads, Pieces run, const void* f);
 
-// Calls f(begin, end) for ranges that cover first .. last - 1, each at least `grain` long (but for the last), on as many
-// threads as PyTorch is set to use. Inside of a parallel region, or while another thread runs one, on this thread alone.
+// Calls f(begin, end) for ranges that cover first .. last - 1, on as many threads as PyTorch is set to use; on this thread
+// alone if there are no more than `grain`, inside of a parallel region, or while another thread runs one.
 template <typename F>
 inline void parallel_for(int64_t first, int64_t last, int64_t grain, const F& f) {
   const int64_t count = last - first;
@@ -32,8 +32,9 @@ inline void parallel_for(int64_t first, int64_t last, int64_t grain, const F& f)
     const F& f;
     int64_t first;
   } shifted{f, first};
-  // Four pieces a thread: one that is late has little left to do.
-  const int64_t chunk = std::max(grain, (count + 4 * threads - 1) / (4 * threads));
+  // Small pieces: a thread that is late has little left to do.
+  constexpr int64_t kPiecesAThread = 16;
+  const int64_t chunk = std::max((grain + 3) / 4, (count + kPiecesAThread * threads - 1) / (kPiecesAThread * threads));
   run_pieces(
       count, chunk, threads,
       [](int64_t begin, int64_t end, const void* context) {
