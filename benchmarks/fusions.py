@@ -24,7 +24,7 @@ from optc.optimizer.pipeline import kernel_passes, step_passes
 from optc.runtime.artifact import open_artifact
 from optc.runtime.executor import Executor, StepInputs
 
-FUSIONS = ("fuse_rms_norm", "fuse_silu_mul", "fuse_rope", "fuse_rope_kv_write", "fuse_quantize")
+FUSIONS = ("merge_linears", "fuse_rms_norm", "fuse_silu_mul", "fuse_rope", "fuse_rope_kv_write", "fuse_quantize")
 VARIANTS: dict[str, tuple[str, ...]] = {"all": (), **{name: (name,) for name in FUSIONS}, "none": FUSIONS}
 BLOCK, CONTEXT = 32, 128
 
@@ -49,8 +49,10 @@ def compile_variants(work: Path, quantize: str, qk_norm: bool) -> None:
             mock.patch("optc.optimizer.compile.kernel_passes", partial(kernel_passes, without=without)),
             mock.patch("optc.optimizer.compile.step_passes", partial(step_passes, without=without)),
         ):
-            scheme = None if quantize == "none" else quantize
-            optc.compile(checkpoint, work / f"{name}.optc", quantize=scheme, verify=False, block_size=BLOCK)
+            rounding = (
+                {} if quantize == "none" else {"quantize": quantize, "algorithm": "rtn-minmax"}
+            )  # the fastest one
+            optc.compile(checkpoint, work / f"{name}.optc", verify=False, block_size=BLOCK, **rounding)
         click.echo(f"{name}: compiled in {time.perf_counter() - started:.0f} s")
 
 

@@ -218,7 +218,9 @@ def _remarks(layers: Mapping[str, _Layer], manifest: Manifest) -> tuple[str, ...
     if any(layer.layout == "pack-quantized" and layer.scheme.weights.num_bits == 3 for layer in values):
         found.append("older versions of vLLM take 4 and 8 bits only; there are weights of 3 bits")
     if any(layer.scheme.input_activations and layer.scheme.input_activations.strategy == "group" for layer in values):
-        found.append("activations are rounded in groups, for which vLLM has no kernels; --scheme w4a16-g128 or w8a8 suits it")
+        found.append(
+            "activations are rounded in groups, for which vLLM has no kernels; --scheme w4a16-g128 or w8a8 suits it"
+        )
     if any(layer.scheme.weights.num_bits < 8 and layer.scheme.input_activations for layer in values):
         found.append("vLLM runs 4-bit weights with INT8 activations on some processors only")
     if any(layer.record.role == "lm_head" for layer in values):

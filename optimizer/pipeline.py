@@ -66,8 +66,8 @@ def kernel_passes(config: CompileConfig, without: Collection[str] = ()) -> list[
     """
     if not config.uses_cpu_kernels:
         return []
-    fusions: list[Pass] = [FuseRmsNorm(), FuseSiluMul(), FuseRope()]
-    return [MergeLinears(), *(item for item in fusions if item.name not in without), PackWeights()]
+    passes: list[Pass] = [MergeLinears(), FuseRmsNorm(), FuseSiluMul(), FuseRope(), PackWeights()]
+    return [item for item in passes if item.name not in without]
 
 
 def step_passes(config: CompileConfig, without: Collection[str] = ()) -> list[Pass]:

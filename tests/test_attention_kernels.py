@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,10 +29,11 @@ from optc.runtime.ops.attention import (
     paged_attention_reference,
     read_blocks,
 )
-from optc.runtime.ops.kernels import REQUIRED_FLAGS, host_isa, kernels_loaded, load_kernels, supports
+from optc.runtime.ops.kernels import host_isa, kernels_loaded, load_kernels, supports
+
+from .isas import ISA, run_again, under_other_isas
 
 OPS = torch.ops.optc
-ISA = os.environ.get("OPTC_TEST_ISA", host_isa())
 
 # Half a unit in the last place of a 16-bit result, and what float32 arithmetic in another order adds.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
@@ -249,20 +249,9 @@ def test_fixed_quantized(dtype: torch.dtype, cache: torch.dtype) -> None:
     check_write(tokens=50, dims=(64, 13), dtype=dtype, cache_dtype=cache)
 
 
-@pytest.mark.parametrize("isa", REQUIRED_FLAGS)
+@under_other_isas
 def test_other_isas(isa: str) -> None:
-    if isa == ISA:
-        pytest.skip("the instruction set of all other tests")
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-k", "test_fixed or test_same", __file__],
-        env=os.environ | {"OPTC_TEST_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
+    run_again(__file__, isa, "test_fixed or test_same")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +18,7 @@ from torch import Tensor
 from optc.optimizer.lowering.native import build_kernels
 from optc.runtime.ops.attention import LARGEST_CODE
 from optc.runtime.ops.gated import gelu_mul_reference, silu_mul_reference
-from optc.runtime.ops.kernels import host_isa, load_kernels, supports
+from optc.runtime.ops.kernels import load_kernels
 from optc.runtime.ops.norm import add_rms_norm_reference, rms_norm_reference
 from optc.runtime.ops.quantized import quantize_activations
 from optc.runtime.ops.rope import rope_kv_write_reference, rope_reference
@@ -33,6 +29,8 @@ from optc.runtime.ops.rounded import (
     round_to_codes,
     silu_mul_a8_reference,
 )
+
+from .isas import ISA, run_again, under_other_isas
 
 OPS = torch.ops.optc
 
@@ -45,7 +43,7 @@ CACHES = [None, *LARGEST_CODE]
 
 @pytest.fixture(scope="module", autouse=True)
 def native() -> None:
-    load_kernels(build_kernels(os.environ.get("OPTC_TEST_ISA", host_isa())))
+    load_kernels(build_kernels(ISA))
 
 
 @pytest.fixture(autouse=True)
@@ -418,26 +416,6 @@ def test_references_of_rounded_ops() -> None:
         assert torch.equal(codes, exact)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@under_other_isas
 def test_other_isas(isa: str) -> None:
-    if isa == os.environ.get("OPTC_TEST_ISA", host_isa()):
-        pytest.skip("the instruction set of all other tests")
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--noconftest",
-            "-k",
-            "same_bits or as_models_have or halves or no_number or zero",
-            __file__,
-        ],
-        env=os.environ | {"OPTC_TEST_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
+    run_again(__file__, isa, "same_bits or as_models_have or halves or no_number or zero")

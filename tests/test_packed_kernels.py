@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optc.optimizer.lowering.native import build_kernels
-from optc.runtime.ops.kernels import REQUIRED_FLAGS, host_isa, load_kernels, supports
+from optc.runtime.ops.kernels import load_kernels
 from optc.runtime.ops.packed import (
     PANEL,
     PackedWeight,
@@ -33,10 +29,10 @@ from optc.runtime.ops.packed import (
 from optc.runtime.ops.quantized import FP8, linear_quantized_reference, quantize_activations
 from optc.runtime.scheme import find_scheme, scheme_names
 
+from .isas import ISA, run_again, under_other_isas
 from .quantized_cases import DTYPES, ROWS_OF_X, Case, all_cases, assert_near
 
 OPS = torch.ops.optc
-ISA = os.environ.get("OPTC_TEST_ISA", host_isa())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -284,19 +280,10 @@ def test_numbers_that_are_not_finite_stay_in_their_row() -> None:
     assert found[1:3].isnan().all() and torch.equal(found[[0, 3]], clean[[0, 3]])
 
 
-@pytest.mark.parametrize("isa", [isa for isa in REQUIRED_FLAGS if isa != ISA])
+@under_other_isas
 def test_other_isas(isa: str) -> None:
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
     only = "same_bits or weights_of_floats or not_finite or (every_scheme and (203 or 261) and (g32 or not g))"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:xdist", "-k", only, __file__],
-        env=os.environ | {"OPTC_TEST_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
+    run_again(__file__, isa, only)
 
 
 LINEAR = ("x", "weight", "scale", "zero", "input_scale", "bias", "outputs", "bits", "group", "activation")

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optc.optimizer.lowering.native import build_kernels
-from optc.runtime.ops.kernels import host_isa, load_kernels, supports
+from optc.runtime.ops.kernels import load_kernels
 from optc.runtime.ops.quantized import (
     FP8,
     StoredWeight,
@@ -29,6 +26,7 @@ from optc.runtime.ops.quantized import (
 )
 from optc.runtime.scheme import find_scheme, scheme_names
 
+from .isas import ISA, run_again, under_other_isas
 from .quantized_cases import DTYPES, ROWS_OF_X, Case, all_cases, assert_near, random_weight
 
 OPS = torch.ops.optc
@@ -36,7 +34,7 @@ OPS = torch.ops.optc
 
 @pytest.fixture(scope="module", autouse=True)
 def native() -> None:
-    load_kernels(build_kernels(os.environ.get("OPTC_TEST_ISA", host_isa())))
+    load_kernels(build_kernels(ISA))
 
 
 @pytest.fixture(autouse=True)
@@ -211,23 +209,12 @@ def test_strided_arguments_are_copied_not_misread() -> None:
     assert torch.equal(found, OPS.linear_quantized(wide.contiguous(), *rest))
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@under_other_isas
 def test_other_isas(isa: str) -> None:
-    if isa == os.environ.get("OPTC_TEST_ISA", host_isa()):
-        pytest.skip("the instruction set of all other tests")
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
     only = (
         "code_width or activations_are or bad_numbers or same_bits and w or (every_scheme and 203 and (g32 or not g))"
     )
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-k", only, __file__],
-        env=os.environ | {"OPTC_TEST_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
+    run_again(__file__, isa, only)
 
 
 @pytest.mark.slow
