@@ -1,4 +1,4 @@
-"""Running an artifact's step program: native code bound to memory-mapped weights, or the portable program."""
+"""Running an artifact's step program: native code bound to its weights, or the portable program."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from . import huge_pages
 from .artifact import MANIFEST, Artifact
 from .manifest import NativeCode
 from .ops.kernels import cpu_flags, load_kernels
@@ -51,16 +52,14 @@ class Executor:
         self.is_native = code is not None
         self._run = self._load_native(artifact, code) if code else self._load_portable(artifact)
         self.caches = {
-            spec.input_name: torch.zeros(
-                num_blocks,
-                spec.kv_heads,
-                manifest.block_size,
-                spec.row_size,
-                dtype=_dtype(artifact, spec.dtype),
-                device=self.device,
+            spec.input_name: self._zeros(
+                (num_blocks, spec.kv_heads, manifest.block_size, spec.row_size), _dtype(artifact, spec.dtype)
             )
             for spec in manifest.kv_cache
         }
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return huge_pages.zeros(shape, dtype) if self.is_native else torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _load_native(self, artifact: Artifact, code: NativeCode) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         if code.step is None or code.kernels is None:
@@ -76,6 +75,7 @@ class Executor:
         wanted = set(loader.get_constant_fqns())
         if unknown := sorted(set(code.constants.values()) - self.constants.keys()):
             raise ArtifactError(f"{path}: wants the constant {unknown[0]!r}, which the artifact does not hold")
+        self.constants = huge_pages.copies(self.constants)
         bound = {name: self.constants[source] for name, source in code.constants.items() if name in wanted}
         if missing := sorted(wanted - bound.keys()):
             raise ArtifactError(
