@@ -67,7 +67,7 @@ def test_quantized_weights_come_back_as_their_codes_mean(name: str, count: int, 
         assert torch.equal(weights[key], value), key
 
 
-@pytest.mark.parametrize("quantize", ["int4", None])
+@pytest.mark.parametrize("quantize", ["int4", pytest.param(None, marks=pytest.mark.slow)])
 def test_what_kernels_read_comes_back_to_the_bit(quantize: str | None, tmp_path: Path) -> None:
     """Merged and packed into panels for the kernels of a CPU, or as the portable program has them: the same weights."""
     source = save_model("llama", tmp_path / "llama")
