@@ -37,7 +37,9 @@ __attribute__((noinline)) float load_query(const BFloat16* from, int64_t n, int3
       sum = _mm512_add_epi32(sum, _mm512_cvtps_epi32((__m512)scaled));
       Dots::split(scaled, true, to + i * kLanes / Dots::kPack * Dots::kParts);
     }
-    offset = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)) * -128u);
+    uint32_t total = 0;  // of codes that are no numbers if the query holds NaN: it wraps around
+    for (int lane = 0; lane < kLanes; lane++) total += ((BitsVec)sum)[lane];
+    offset = static_cast<int32_t>(total * -128u);
     return largest / Dots::kLargestQuery;
   }
 }
