@@ -16,10 +16,11 @@ int64_t grain(const PackedWeight& weight, int64_t rows) {
   return std::max<int64_t>(1, (32 << 10) / (weight.columns() * (4 + rows)));
 }
 
-// Runs multiply(panel, first row, rows, scales, zeros, c) for every panel and tile of rows, and writes c plus bias.
+// Runs multiply(panel, first row, rows, scales, zeros, c) for every panel and tile of rows, and writes c plus bias. `scales` is
+// null where the weight has none, or where they are to be taken as they are stored.
 template <typename T, typename F>
-void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, const std::optional<Tensor>& bias,
-                T* out, const F& multiply) {
+void for_panels(const PackedWeight& weight, int64_t rows, bool with_scales, bool with_offset,
+                const std::optional<Tensor>& bias, T* out, const F& multiply) {
   const int64_t outputs = weight.outputs(), groups = weight.groups();
   parallel_for(0, weight.panels(), grain(weight, rows), [&](int64_t begin, int64_t end) {
     float* c = scratch<float, 0>((kTile + 2 * groups + 1) * kPanel);
@@ -28,7 +29,7 @@ void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, cons
       const int64_t count = std::min(kTile, rows - first);
       for (int64_t panel = begin; panel < end; panel++) {
         const int64_t start = panel * kPanel, width = std::min<int64_t>(kPanel, outputs - start);
-        if (weight.has_codes()) weight.read_scales(panel, scales);
+        if (with_scales) weight.read_scales(panel, scales);
         if (weight.has_zero()) weight.read_zeros(panel, zeros);
         if (weight.has_zero() && !with_offset)
           for (int64_t i = 0; i < groups * kPanel; i++) zeros[i] /= static_cast<float>(weight.offset());
@@ -37,7 +38,7 @@ void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, cons
           for (int64_t i = 0; i < groups * kPanel; i++) zeros[i] += static_cast<float>(weight.offset());
         }
         const bool has_zeros = weight.has_zero() || (with_offset && weight.is_integer());
-        multiply(panel, first, count, weight.has_codes() ? scales : nullptr, has_zeros ? zeros : nullptr, c);
+        multiply(panel, first, count, with_scales ? scales : nullptr, has_zeros ? zeros : nullptr, c);
         if (bias) {
           read_floats("bias", *bias, start, width, addend);
           for (int64_t m = 0; m < count; m++)
@@ -46,19 +47,35 @@ void for_panels(const PackedWeight& weight, int64_t rows, bool with_offset, cons
         for (int64_t m = 0; m < count; m++) store_row(c + m * kPanel, out + (first + m) * outputs + start, width);
       }
     }
+  }, weight.reads());
+}
+
+template <typename Stream, typename T>
+void multiply_codes(const PackedWeight& weight, const RoundedRows& x, int64_t rows, const std::optional<Tensor>& bias,
+                    T* out) {
+  if (rows > kFewRows)
+    return for_panels(weight, rows, true, false, bias, out,
+                      [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
+                        integer_panel<Stream>(weight, panel, x, first, count, scales, zeros, c);
+                      });
+  dispatch_float("scale", weight.scale_dtype(), [&](auto type) {
+    with_rows<kFewRows>(rows, [&](auto m) {
+      for_panels(weight, rows, false, false, bias, out,
+                 [&](int64_t panel, int64_t first, int64_t, const float*, const float* zeros, float* c) {
+                   integer_panel_of_few<Stream, decltype(m)::value>(
+                       weight, panel, x, first, weight.scales<decltype(type)>(panel), zeros, c);
+                 });
+    });
   });
 }
 
 template <typename T>
 void multiply_codes(const PackedWeight& weight, const RoundedRows& x, int64_t rows, const std::optional<Tensor>& bias,
                     T* out) {
-  for_panels(weight, rows, false, bias, out,
-             [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
-               if (weight.store() == Store::kNibbles)
-                 integer_panel<NibbleStream>(weight, panel, x, first, count, scales, zeros, c);
-               else
-                 integer_panel<ByteStream>(weight, panel, x, first, count, scales, zeros, c);
-             });
+  if (weight.store() == Store::kNibbles)
+    multiply_codes<NibbleStream>(weight, x, rows, bias, out);
+  else
+    multiply_codes<ByteStream>(weight, x, rows, bias, out);
 }
 
 template <typename Stream, typename T>
@@ -66,7 +83,7 @@ void multiply_floats(const PackedWeight& weight, const InterleavedRows& x, int64
                      const std::optional<Tensor>& bias, T* out) {
   const int64_t columns = weight.columns();
   const int64_t unit = unit_of(columns, weight.has_codes() ? weight.group() : columns, columns);
-  for_panels(weight, rows, true, bias, out,
+  for_panels(weight, rows, weight.has_codes(), true, bias, out,
              [&](int64_t panel, int64_t first, int64_t count, const float* scales, const float* zeros, float* c) {
                float_panel<Stream>(weight, panel, x, first, count, unit, scales, zeros, c);
              });

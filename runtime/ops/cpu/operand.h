@@ -69,11 +69,23 @@ class PackedWeight {
   int32_t offset() const { return store_ == Store::kNibbles ? 8 : store_ == Store::kBytes ? 128 : 0; }
 
   const uint8_t* panel(int64_t i) const { return data_ + i * panel_bytes_; }
+  Reads reads() const { return {data_, panel_bytes_}; }
 
   // Where column k, the first of a run, lies in a panel.
   int64_t position(int64_t k) const { return k / run_of(store_) * run_bytes(store_); }
 
   void read_scales(int64_t panel, float* to) const { read_groups(scale_, panel, to); }
+  ScalarType scale_dtype() const { return scale_.dtype; }
+
+  // The scales of a panel as they are stored, [groups, kPanel]; those of the next one are fetched.
+  template <typename Scale>
+  const Scale* scales(int64_t panel) const {
+    const int64_t count = groups_ * kPanel;
+    const auto* from = reinterpret_cast<const Scale*>(scale_.data) + panel * count;
+    fetch(from + count, count * static_cast<int64_t>(sizeof(Scale)));
+    return from;
+  }
+
   void read_zeros(int64_t panel, float* to) const { read_groups(zero_, panel, to); }
 
  private:

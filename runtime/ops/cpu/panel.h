@@ -19,6 +19,7 @@ constexpr int kParts = kHalf / kLanes;             // registers that 16 numbers 
 constexpr int kTogether = 2 * kLanes;              // outputs of a panel that are computed together: two registers of them
 constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
+constexpr int kFewRows = kLanes == 16 ? 4 : 1;                  // the sums of all units must fit them as well
 
 // Memory that is needed soon, into the second-level cache: what is on its way to the first holds the entries that loads
 // of the meantime need.
@@ -88,12 +89,21 @@ struct Sums : Sums<M - 1, V> {
     Sums<M - 1, V>::each(f);
     f(M - 1, first, second);
   }
+
+  // Calls f(m, first, second, first of other, second of other).
+  template <typename U, typename F>
+  OPTC_INLINE void each_with(const Sums<M, U>& other, const F& f) {
+    Sums<M - 1, V>::each_with(static_cast<const Sums<M - 1, U>&>(other), f);
+    f(M - 1, first, second, other.first, other.second);
+  }
 };
 
 template <typename V>
 struct Sums<0, V> {
   template <typename F>
   OPTC_INLINE void each(const F&) {}
+  template <typename U, typename F>
+  OPTC_INLINE void each_with(const Sums<0, U>&, const F&) {}
 };
 
 // Adds the products of some columns of `kTogether` outputs with M rows of x. The rows are interleaved: of each four bytes

@@ -20,28 +20,63 @@ void with_rows(int64_t count, const F& f) {
 // enough time, and nothing was gained there.
 constexpr int64_t kAhead = 6144, kRowsToFetch = 3;
 
-// c[M, 32] += the products of one unit of codes with rows row .. row + M - 1. `zeros` are divided by the offset of codes.
+// to + (sum + zero * start) * scale, the sum of a unit's products, where `zero` is null or the zero points divided by the offset
+// of codes.
+OPTC_INLINE Vec add_scaled(Vec to, IntVec sum, const float* zero, int32_t start, Vec scale) {
+  Vec value = __builtin_convertvector(sum, Vec);
+  if (zero) value = fmadd(load(zero), splat(static_cast<float>(start)), value);
+  return fmadd(value, scale, to);
+}
+
+// c[M, 32] += the products of one unit of codes with rows row .. row + M - 1.
 template <typename Stream, int M>
 void integer_unit(const uint8_t* w, const RoundedRows& x, int64_t row, int64_t unit, int64_t columns,
                   const float* scales, const float* zeros, float* c) {
-  const int64_t first = unit * x.unit;
-  const int32_t* start = x.starts + row * x.units + unit;
+  const int32_t *start = x.starts + row * x.units + unit, *words = x.rows.block(row) + unit * x.unit / 4 * M;
   const float* steps = x.steps + row * x.steps_per_row + x.step_of[unit];
   for (int n = 0; n < kPanel; n += kTogether) {
     Sums<M, IntVec> sums;
     sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = splat_int(start[m * x.units]); });
-    Stream::template dot<M>(w + 4 * n, x.rows.block(row) + first / 4 * M, columns, sums);
+    Stream::template dot<M>(w + 4 * n, words, columns, sums);
     const Vec scale = load(scales + n), next_scale = load(scales + n + kLanes);
+    const float *zero = zeros ? zeros + n : nullptr, *next_zero = zeros ? zero + kLanes : nullptr;
     sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
-      Vec value = __builtin_convertvector(a, Vec), next = __builtin_convertvector(b, Vec);
-      if (zeros) {
-        const Vec sum = splat(static_cast<float>(start[m * x.units]));
-        value = fmadd(load(zeros + n), sum, value), next = fmadd(load(zeros + n + kLanes), sum, next);
-      }
       const Vec step = splat(steps[m * x.steps_per_row]);
       float* to = c + m * kPanel + n;
-      store(to, fmadd(value, scale * step, load(to)));
-      store(to + kLanes, fmadd(next, next_scale * step, load(to + kLanes)));
+      store(to, add_scaled(load(to), a, zero, start[m * x.units], scale * step));
+      store(to + kLanes, add_scaled(load(to + kLanes), b, next_zero, start[m * x.units], next_scale * step));
+    });
+  }
+}
+
+// c[M, 32] = the products of rows row .. row + M - 1 of x with a panel: as by `integer_unit`, but the sums of all units stay in
+// registers. `scales` are as they are stored.
+template <typename Stream, int M, typename Scale>
+void integer_panel_of_few(const PackedWeight& weight, int64_t panel, const RoundedRows& x, int64_t row, const Scale* scales,
+                          const float* zeros, float* c) {
+  const int64_t columns = weight.columns(), unit_bytes = weight.position(x.unit);
+  for (int n = 0; n < kPanel; n += kTogether) {
+    const uint8_t* w = weight.panel(panel) + 4 * n;
+    const int32_t *start = x.starts + row * x.units, *words = x.rows.block(row);
+    const float* steps = x.steps + row * x.steps_per_row;
+    Sums<M, Vec> totals;
+    totals.each([](int, Vec& a, Vec& b) OPTC_LAMBDA { a = b = Vec{}; });
+    for (int64_t u = 0; u < x.units; u++, w += unit_bytes, words += x.unit / 4 * M, start++) {
+      if (M >= kRowsToFetch) fetch(w + kAhead, unit_bytes);
+      Sums<M, IntVec> sums;
+      sums.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = splat_int(start[m * x.units]); });
+      Stream::template dot<M>(w, words, round_up(std::min(x.unit, columns - u * x.unit), Stream::kRun), sums);
+      const int64_t at = x.group_of[u] * kPanel + n;
+      const float *zero = zeros ? zeros + at : nullptr, *next_zero = zeros ? zero + kLanes : nullptr;
+      const Vec scale = load(scales + at), next_scale = load(scales + at + kLanes);
+      totals.each_with(sums, [&](int m, Vec& to, Vec& next_to, IntVec a, IntVec b) OPTC_LAMBDA {
+        const Vec step = splat(steps[m * x.steps_per_row + x.step_of[u]]);
+        to = add_scaled(to, a, zero, start[m * x.units], scale * step);
+        next_to = add_scaled(next_to, b, next_zero, start[m * x.units], next_scale * step);
+      });
+    }
+    totals.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+      store(c + m * kPanel + n, a), store(c + m * kPanel + n + kLanes, b);
     });
   }
 }
@@ -63,7 +98,7 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
     with_rows<kRows>(rows, [&](auto m) {
       for (int64_t u = 0; u < x.units; u++) {
         const uint8_t* from = w + weight.position(u * x.unit);
-        if (decltype(m)::value >= kRowsToFetch) fetch(from + kAhead, weight.position(x.unit));
+        fetch(from + kAhead, weight.position(x.unit));
         run_unit(Stream(), m, from, 0, u);
       }
     });
