@@ -174,8 +174,8 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& kv_cache, const Tensor&
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("attention", TORCH_BOX(&optc::attention));
-  m.impl("paged_attention", TORCH_BOX(&optc::paged_attention));
+  m.impl("attention", OPTC_BOX(optc::attention));
+  m.impl("paged_attention", OPTC_BOX(optc::paged_attention));
 }
 
 OPTC_SHIM aoti_torch_cpu_paged_attention(AtenTensorHandle q, AtenTensorHandle kv_cache, AtenTensorHandle block_table,

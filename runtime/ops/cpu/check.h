@@ -1,10 +1,6 @@
 // Argument checks: a message without file and line, because the reader is a user of the op.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <sstream>
@@ -12,11 +8,9 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "tensor.h"
 
 namespace optc {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Raises RuntimeError in Python unless `condition` holds.
 template <typename... Parts>
@@ -53,10 +47,11 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
         toString(dtype));
 }
 
-// stable::contiguous asks the dispatcher even when there is nothing to copy.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+inline Tensor contiguous_copy(const Tensor& tensor) {
+  return Tensor::owning(Tensor(torch::stable::contiguous(torch::stable::Tensor(tensor.share())).get()).share());
 }
+
+inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }
 
 // The tensor itself when the elements of its last dimension are adjacent, else a contiguous copy.
 inline Tensor with_adjacent_elements(const Tensor& tensor) {

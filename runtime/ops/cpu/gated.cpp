@@ -32,8 +32,8 @@ Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh) {
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("silu_mul", TORCH_BOX(&optc::silu_mul));
-  m.impl("gelu_mul", TORCH_BOX(&optc::gelu_mul));
+  m.impl("silu_mul", OPTC_BOX(optc::silu_mul));
+  m.impl("gelu_mul", OPTC_BOX(optc::gelu_mul));
 }
 
 using optc::shim::borrow;

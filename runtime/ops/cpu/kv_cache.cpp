@@ -95,4 +95,4 @@ void kv_cache_write(const Tensor& k_in, const Tensor& v_in, Tensor kv_cache, con
 }  // namespace
 }  // namespace optc
 
-STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) { m.impl("kv_cache_write", TORCH_BOX(&optc::kv_cache_write)); }
+STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) { m.impl("kv_cache_write", OPTC_BOX(optc::kv_cache_write)); }

@@ -229,8 +229,8 @@ Tensor linear_packed(const Tensor& x_in, const Tensor& weight_in, const std::opt
   const int64_t rows = x.numel() / columns;
   dispatch_float("linear_packed", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto* from = static_cast<const T*>(x.const_data_ptr());
-    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    const auto* from = static_cast<const T*>(x.data_ptr());
+    auto* to = static_cast<T*>(out.data_ptr());
     if (rows == 0) return;
     if (kind.rounds)
       round_and_multiply(weight, from, rows, kind, input_scale, bias, to);
@@ -261,8 +261,8 @@ Tensor linear_packed_a8(const Tensor& codes_in, const Tensor& steps_in, const Te
   check_bias(bias, outputs);
   Tensor out = new_tensor(with_last(codes, outputs), dtype);
   if (rows == 0) return out;
-  const auto* data = static_cast<const int8_t*>(codes.const_data_ptr());
-  const RowsOfCodes into(weight, rows, kind, static_cast<const float*>(steps.const_data_ptr()));
+  const auto* data = static_cast<const int8_t*>(codes.data_ptr());
+  const RowsOfCodes into(weight, rows, kind, static_cast<const float*>(steps.data_ptr()));
   for_rows(rows, columns, [&](int64_t m) {
     auto* words = scratch<int32_t, 5>(into.words);
     words[into.words - 1] = words[into.words - 2] = 0;
@@ -270,7 +270,7 @@ Tensor linear_packed_a8(const Tensor& codes_in, const Tensor& steps_in, const Te
     into.put(m, words);
   });
   dispatch_float("linear_packed_a8", dtype, [&](auto type) {
-    multiply_codes(weight, into.found, rows, bias, static_cast<decltype(type)*>(out.mutable_data_ptr()));
+    multiply_codes(weight, into.found, rows, bias, static_cast<decltype(type)*>(out.data_ptr()));
   });
   return out;
 }
@@ -281,7 +281,7 @@ Tensor embedding_packed(const Tensor& ids_in, const Tensor& weight_in, const std
   const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
   check_dtype("ids", ids_in, ScalarType::Long);
   const Tensor ids = as_contiguous(ids_in);
-  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  const auto* id = static_cast<const int64_t*>(ids.data_ptr());
   const int64_t count = ids.numel(), groups = weight.groups(), run = run_of(weight.store());
   for (int64_t i = 0; i < count; i++)
     check(0 <= id[i] && id[i] < outputs, "id ", id[i], " is outside of a table of ", outputs, " rows");
@@ -289,7 +289,7 @@ Tensor embedding_packed(const Tensor& ids_in, const Tensor& weight_in, const std
   shape.push_back(columns);
   Tensor out = new_tensor(shape, dtype);
   dispatch_float("embedding_packed", dtype, [&](auto type) {
-    auto* to = static_cast<decltype(type)*>(out.mutable_data_ptr());
+    auto* to = static_cast<decltype(type)*>(out.data_ptr());
     for_rows(count, 32 * columns, [&](int64_t i) {
       const int64_t panel = id[i] / kPanel, lane = id[i] % kPanel, h = lane / kHalf;
       auto* scales = scratch<float, 0>(2 * groups * kPanel + round_up(columns, 8));
@@ -317,9 +317,9 @@ Tensor embedding_packed(const Tensor& ids_in, const Tensor& weight_in, const std
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("linear_packed", TORCH_BOX(&optc::linear_packed));
-  m.impl("linear_packed_a8", TORCH_BOX(&optc::linear_packed_a8));
-  m.impl("embedding_packed", TORCH_BOX(&optc::embedding_packed));
+  m.impl("linear_packed", OPTC_BOX(optc::linear_packed));
+  m.impl("linear_packed_a8", OPTC_BOX(optc::linear_packed_a8));
+  m.impl("embedding_packed", OPTC_BOX(optc::embedding_packed));
 }
 
 using optc::shim::borrow;

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&optc::rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&optc::add_rms_norm));
+  m.impl("rms_norm", OPTC_BOX(optc::rms_norm));
+  m.impl("add_rms_norm", OPTC_BOX(optc::add_rms_norm));
 }
 
 using optc::shim::borrow;

@@ -43,7 +43,7 @@ class PackedWeight {
     check(weight.is_cpu() && weight.is_contiguous(), "weight must be contiguous and on the CPU");
     panel_bytes_ = runs * run_bytes(store_);
     check(scale.has_value() == has_codes(), "codes need a scale, and other weights have none");
-    data_ = static_cast<const uint8_t*>(weight.const_data_ptr());
+    data_ = static_cast<const uint8_t*>(weight.data_ptr());
     if (!scale) return;
     check(group > 0, "group must be positive");
     group_ = std::min(group, columns);
@@ -116,7 +116,7 @@ class PackedWeight {
     check(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
     const ScalarType dtype = tensor.scalar_type();
     if (dtype != ScalarType::Char) check_float(name, dtype);
-    return {static_cast<const char*>(tensor.const_data_ptr()), dtype, static_cast<int64_t>(tensor.element_size())};
+    return {static_cast<const char*>(tensor.data_ptr()), dtype, static_cast<int64_t>(tensor.element_size())};
   }
 
   // Those of a panel; those of the next one are fetched.
@@ -164,6 +164,7 @@ struct InterleavedRows {
   static void put(const int32_t* row_words, int64_t words_per_row, int64_t row, int64_t rows, int32_t* to) {
     const int64_t first = row / kRows * kRows, together = std::min<int64_t>(kRows, rows - first);
     int32_t* at = to + first * words_per_row + (row - first);
+    if (together == 1) return static_cast<void>(std::copy_n(row_words, words_per_row, at));
     for (int64_t i = 0; i < words_per_row; i++) at[i * together] = row_words[i];
   }
 };

@@ -5,6 +5,7 @@
 // of the weight are computed beside it, on any number of threads.
 
 #include "quantized.h"
+#include "shim.h"
 
 namespace optc {
 namespace {
@@ -109,7 +110,8 @@ Tensor linear_quantized(const Tensor& x_in, const Tensor& codes, const Tensor& s
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = weight.rows();
-  Tensor out = torch::stable::new_empty(x, shape);
+  check_float("linear_quantized", x.scalar_type());
+  Tensor out = new_tensor(shape, x.scalar_type());
 
   dispatch_float("linear_quantized", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -138,7 +140,8 @@ Tensor grouped_mm_quantized(const Tensor& x_in, const Tensor& codes, const Tenso
   for (int64_t i = 0; i < experts; i++)
     check((i ? ends[i - 1] : 0) <= ends[i] && ends[i] <= rows, "offsets must rise from 0 to at most ", rows);
   const std::vector<float> bias(outputs);
-  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+  check_float("grouped_mm_quantized", x.scalar_type());
+  Tensor out = new_tensor({rows, outputs}, x.scalar_type());
 
   dispatch_float("grouped_mm_quantized", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -169,7 +172,8 @@ Tensor embedding_quantized(const Tensor& ids_in, const Tensor& codes, const Tens
     check(0 <= id[i] && id[i] < weight.rows(), "id ", id[i], " is outside of a table of ", weight.rows(), " rows");
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(columns);
-  Tensor out = torch::stable::new_empty(ids, shape, dtype);
+  check_float("embedding_quantized", dtype);
+  Tensor out = new_tensor(shape, dtype);
 
   dispatch_float("embedding_quantized", dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(out.data_ptr());
@@ -188,7 +192,7 @@ Tensor embedding_quantized(const Tensor& ids_in, const Tensor& codes, const Tens
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("linear_quantized", TORCH_BOX(&optc::linear_quantized));
-  m.impl("grouped_mm_quantized", TORCH_BOX(&optc::grouped_mm_quantized));
-  m.impl("embedding_quantized", TORCH_BOX(&optc::embedding_quantized));
+  m.impl("linear_quantized", OPTC_BOX(optc::linear_quantized));
+  m.impl("grouped_mm_quantized", OPTC_BOX(optc::grouped_mm_quantized));
+  m.impl("embedding_quantized", OPTC_BOX(optc::embedding_quantized));
 }

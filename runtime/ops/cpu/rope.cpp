@@ -226,8 +226,8 @@ Tensor rope_kv_write(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("rope", TORCH_BOX(&optc::rope));
-  m.impl("rope_kv_write", TORCH_BOX(&optc::rope_kv_write));
+  m.impl("rope", OPTC_BOX(optc::rope));
+  m.impl("rope_kv_write", OPTC_BOX(optc::rope_kv_write));
 }
 
 using optc::shim::borrow;

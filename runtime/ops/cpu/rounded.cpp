@@ -137,10 +137,10 @@ std::tuple<Tensor, Tensor> gelu_mul_a8(const Tensor& gate, const Tensor& up, boo
 }  // namespace optc
 
 STABLE_TORCH_LIBRARY_IMPL(optc, CPU, m) {
-  m.impl("rms_norm_a8", TORCH_BOX(&optc::rms_norm_a8));
-  m.impl("add_rms_norm_a8", TORCH_BOX(&optc::add_rms_norm_a8));
-  m.impl("silu_mul_a8", TORCH_BOX(&optc::silu_mul_a8));
-  m.impl("gelu_mul_a8", TORCH_BOX(&optc::gelu_mul_a8));
+  m.impl("rms_norm_a8", OPTC_BOX(optc::rms_norm_a8));
+  m.impl("add_rms_norm_a8", OPTC_BOX(optc::add_rms_norm_a8));
+  m.impl("silu_mul_a8", OPTC_BOX(optc::silu_mul_a8));
+  m.impl("gelu_mul_a8", OPTC_BOX(optc::gelu_mul_a8));
 }
 
 using optc::shim::borrow;

@@ -71,7 +71,7 @@ class Rows {
  public:
   explicit Rows(const Tensor& tensor) : tensor_(tensor) {
     if (describe()) return;
-    tensor_ = torch::stable::contiguous(tensor);
+    tensor_ = contiguous_copy(tensor);
     describe();
   }
 

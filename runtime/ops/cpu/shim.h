@@ -37,7 +37,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype_code(dtype),
                                aoti_torch_device_type_cpu(), 0, &handle);
   check(error == AOTI_TORCH_SUCCESS, "cannot make a tensor: out of memory");
-  return Tensor(handle);
+  return Tensor::owning(handle);
 }
 
 }  // namespace optc
@@ -52,21 +52,14 @@ inline ScalarType dtype_of(int32_t code) {
   return ScalarType::Float;
 }
 
-// A tensor of our own for a handle that stays the caller's.
-inline Tensor borrow(AtenTensorHandle handle) {
-  AtenTensorHandle own;
-  check(aoti_torch_new_tensor_handle(handle, &own) == AOTI_TORCH_SUCCESS, "cannot take a tensor");
-  return Tensor(own);
-}
+inline Tensor borrow(AtenTensorHandle handle) { return Tensor(handle); }
 
 inline std::optional<Tensor> borrow(const AtenTensorHandle* handle) {
-  return handle ? std::optional<Tensor>(borrow(*handle)) : std::nullopt;
+  return handle ? std::optional<Tensor>(Tensor(*handle)) : std::nullopt;
 }
 
 // A handle that the caller owns.
-inline void give(const Tensor& tensor, AtenTensorHandle* handle) {
-  check(aoti_torch_new_tensor_handle(tensor.get(), handle) == AOTI_TORCH_SUCCESS, "cannot give a tensor");
-}
+inline void give(const Tensor& tensor, AtenTensorHandle* handle) { *handle = tensor.share(); }
 
 // Exceptions must not leave a C function. What is wrong is printed: an error code is all the caller gets.
 template <typename F>
