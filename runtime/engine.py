@@ -162,33 +162,37 @@ class Engine:
 
     def _inputs(self, step: Sequence[Scheduled]) -> StepInputs:
         """Pack the step's tokens without padding."""
-        block_size = self.pool.block_size
-        counts = np.array([s.num_new for s in step])
-        starts = np.array([s.request.num_computed for s in step])
-        query_start_loc = np.concatenate([[0], counts.cumsum()])
-        table = np.zeros((len(step), max(len(s.request.blocks) for s in step)), dtype=np.int32)
+        block_size, width = self.pool.block_size, max(len(s.request.blocks) for s in step)
         tokens: list[int] = []
-        for row, s in enumerate(step):
-            table[row, : len(s.request.blocks)] = s.request.blocks
-            tokens += s.request.token_ids[s.request.num_computed : s.request.num_computed + s.num_new]
-        owner = np.repeat(np.arange(len(step)), counts)
-        positions = np.arange(len(tokens)) - np.repeat(query_start_loc[:-1] - starts, counts)
-        slots = table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        ends = [query_start_loc[row + 1] - 1 for row, s in enumerate(step) if s.reaches_end]
+        positions: list[int] = []
+        slots: list[int] = []
+        table: list[int] = []
+        query_start_loc, seq_lens, ends = [0], [], []
+        for s in step:
+            blocks, first = s.request.blocks, s.request.num_computed
+            last = first + s.num_new
+            tokens += s.request.token_ids[first:last]
+            positions += range(first, last)
+            slots += [blocks[i // block_size] * block_size + i % block_size for i in range(first, last)]
+            table += blocks + [0] * (width - len(blocks))
+            query_start_loc.append(len(tokens))
+            seq_lens.append(last)
+            if s.reaches_end:
+                ends.append(len(tokens) - 1)
         return StepInputs(
-            input_ids=torch.tensor(tokens, dtype=torch.int64),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slots),
-            block_table=torch.from_numpy(table),
-            query_start_loc=_int32(query_start_loc),
-            seq_lens=_int32(starts + counts),
+            input_ids=_tensor(tokens, np.int64),
+            positions=_tensor(positions, np.int64),
+            slot_mapping=_tensor(slots, np.int64),
+            block_table=_tensor(table, np.int32).view(len(step), width),
+            query_start_loc=_tensor(query_start_loc, np.int32),
+            seq_lens=_tensor(seq_lens, np.int32),
             # A step of prompt chunks alone wants no logits; the program computes at least one row.
-            logits_indices=torch.tensor(ends or [0], dtype=torch.int64),
+            logits_indices=_tensor(ends or [0], np.int64),
         )
 
 
-def _int32(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int32))
+def _tensor(values: list[int], dtype: type) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype))  # torch.tensor takes twice as long
 
 
 def _num_blocks(artifact: Artifact, config: EngineConfig) -> int:

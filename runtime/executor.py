@@ -95,7 +95,9 @@ class Executor:
     def run(self, inputs: StepInputs) -> Tensor:
         """Run one step: writes the new tokens' keys and values, returns logits f32[L, V] on the CPU."""
         given = vars(inputs)
-        tensors = [self.caches[name] if name in self.caches else given[name].to(self.device) for name in self._names]
+        if self.device.type != "cpu":
+            given = {name: value.to(self.device) for name, value in given.items()}
+        tensors = [self.caches[name] if name in self.caches else given[name] for name in self._names]
         return self._run(tensors)[0].cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,9 @@ def sample(logits: Tensor, requests: list[Request]) -> list[int]:
     Raises:
         ExecutionError: a row holds NaN, or nothing finite; no request was changed.
     """
-    largest, best = logits.max(dim=-1)
-    if not bool(torch.isfinite(largest).all()):
+    table = logits.numpy()
+    best = table.argmax(-1)  # NumPy's is several times as fast as PyTorch's; NaN counts as the largest
+    if not np.isfinite(table[np.arange(len(table)), best]).all():
         raise ExecutionError(
             "the model gave logits that are not finite (a float16 model may overflow: compile with --dtype bfloat16)"
         )
