@@ -7,12 +7,14 @@ times whenever it is asked; the best pass counts.
 
 A virtual machine may read memory at 60 GB/s in one second and at 34 in the next, with nothing else running in it and no
 stolen time reported. `Steady` takes measurements while the bandwidth is near its best, and no other program runs: engines
-whose threads wait for each other by spinning get a hundred times slower beside one.
+whose threads wait for each other by spinning get a hundred times slower beside one. The share of the roofline that an engine
+reaches is found in turns of some milliseconds, steps and reads of as many bytes.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 SOURCE = r"""
 #include <sys/mman.h>
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -39,16 +42,27 @@ int main(int argc, char** argv) {
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < count; ++i) data[i] = i;
   uint64_t sum = 0;
-  while (getchar() == '\n') {
-    double best = 0;
-    for (int pass = 0; pass < passes; ++pass) {
-      const auto started = std::chrono::steady_clock::now();
+  int64_t at = 0;
+  auto read = [&](int64_t first, int64_t last) {
+    const auto started = std::chrono::steady_clock::now();
 #pragma omp parallel for schedule(static) reduction(+ : sum)
-      for (int64_t i = 0; i < count; ++i) sum += data[i];
-      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-      if (bytes / seconds > best) best = bytes / seconds;
+    for (int64_t i = first; i < last; ++i) sum += data[i];
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  };
+  long long wanted;
+  while (scanf("%lld", &wanted) == 1) {
+    double found = 0;
+    if (wanted == 0) {
+      for (int pass = 0; pass < passes; ++pass) found = std::max(found, bytes / read(0, count));
+    } else {
+      for (int64_t left = wanted / 8; left > 0;) {
+        const int64_t last = std::min(count, at + left);
+        found += read(at, last);
+        left -= last - at;
+        at = last % count;
+      }
     }
-    printf("%.0f\n", best);
+    printf("%.9g\n", found);
     fflush(stdout);
   }
   return sum == 1;  // uses the sum
@@ -59,6 +73,7 @@ PASSES = 3
 STEADY = 0.8  # share of the best bandwidth from which on the machine counts as steady
 PATIENCE = 15.0  # seconds to wait for that
 ATTEMPTS = 4
+TURNS, TURN_PAUSE = 16, 0.02  # seconds for threads to go to sleep
 FOREIGN = 0.1  # processor seconds of other programs per second that are too many
 
 
@@ -85,8 +100,15 @@ class Bandwidth:
 
     def measure(self) -> float:
         """Bytes per second read, the best of a few passes."""
+        return self._ask(0)
+
+    def seconds(self, size: int) -> float:
+        """How long reading so many bytes takes, once; they are in no cache."""
+        return self._ask(size)
+
+    def _ask(self, size: int) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{size}\n")
         self._process.stdin.flush()
         return float(self._process.stdout.readline())
 
@@ -122,6 +144,22 @@ class Steady:
         for _ in range(10):
             self._bandwidth()
             time.sleep(0.2)
+
+    def share(self, steps: Callable[[], float], size: int) -> float:
+        """What part of the time that some steps take reading so many bytes takes: the median of short turns of both, so that
+        they meet the machine in the same state.
+
+        Args:
+            steps: takes them, and returns the seconds.
+            size: bytes that they read together.
+        """
+        shares = []
+        for _ in range(TURNS):
+            seconds = steps()
+            time.sleep(TURN_PAUSE)
+            shares.append(self._probe.seconds(size) / seconds)
+            time.sleep(TURN_PAUSE)
+        return statistics.median(shares)
 
     def measure(self, work: Callable[[], Any]) -> Measured:
         """The first steady measurement, or the last of several that are not."""

@@ -8,8 +8,8 @@ Every engine lives in a process of its own, stays loaded, and works only while i
 asked once, in an order that changes from round to round, with the machine's memory bandwidth measured before and after;
 a measurement beside a low one, as a virtual machine has at times, or beside other programs is made again (bandwidth.py).
 A decode figure is the rate of the steps after the prefill. It is held against the roofline: the time in which the bytes
-that the step reads (weights, and keys and values) pass at that bandwidth. A peer that is not installed is left out, and
-the output says so.
+that the step reads (weights, and keys and values) can be read, measured between a few steps and the next few. A peer that
+is not installed is left out, and the output says so.
 Results go into a JSON file, those of earlier calls are kept; the table and the plots are made of all.
 
 Accuracy is the KL divergence of the bundled model in the same format from the checkpoint in float32, by each engine's own
@@ -33,12 +33,13 @@ from typing import Any
 import click
 import cpu_report
 import numpy as np
-from bandwidth import ATTEMPTS, Bandwidth, Measured, Steady
+from bandwidth import ATTEMPTS, TURNS, Bandwidth, Measured, Steady
 from cpu_models import ENGINES, FORMATS, TINY, EngineSpec, MissingError, Models
 from cpu_worker import Worker, WorkerError
 
 PAUSE = 0.05  # seconds between two engines: threads of the last one go to sleep
 HELD_STEPS = 16  # of a measurement that goes on with the sequences of the last
+TURN_STEPS = 4  # between two reads of the memory
 KL_WINDOWS, KL_WINDOW = 16, 512
 
 
@@ -71,6 +72,25 @@ class Case:
         found = worker.ask("decode", batch=self.batch, steps=steps, seconds=seconds)
         worker.ask("close")
         return found
+
+    def bytes_read(self, details: dict[str, Any], grown: float) -> float:
+        """By a decode step after so many."""
+        return float(details["weight_bytes"] + self.batch * (self.context + grown) * details["kv_bytes"])
+
+    def roofline(self, worker: Worker, steady: Steady, *, vocab: int) -> float:
+        """The share of the roofline that decode steps reach; sequences that are held go on."""
+        if not self.holds:
+            self.open(worker, room=TURNS * TURN_STEPS, seed=0, vocab=vocab)
+
+        def steps() -> float:
+            found = worker.ask("decode", batch=self.batch, steps=TURN_STEPS, seconds=3600)
+            return TURN_STEPS * float(found["step_seconds"])
+
+        size = TURN_STEPS * self.bytes_read(worker.details, TURNS * TURN_STEPS / 2)
+        share = steady.share(steps, int(size))
+        if not self.holds:
+            worker.ask("close")
+        return share
 
 
 CASES = [
@@ -152,7 +172,7 @@ def main(
         results.write()
 
 
-def summarize(case: Case, details: dict[str, Any], measured: list[Measured], bandwidth: float) -> dict[str, Any]:
+def summarize(case: Case, details: dict[str, Any], measured: list[Measured], roofline: float | None) -> dict[str, Any]:
     """Figures of one engine, of the steady rounds if there are any; decode also its bytes a step and the roofline's share."""
     found = [one.value for one in measured if one.steady] or [one.value for one in measured]
     rates = [one["rate"] for one in found]
@@ -170,10 +190,9 @@ def summarize(case: Case, details: dict[str, Any], measured: list[Measured], ban
         "steady": sum(one.steady for one in measured),
         "details": details,
     }
-    if not case.prefill:
-        context = case.context + statistics.mean(one["grown"] for one in found)
-        read = details["weight_bytes"] + case.batch * context * details["kv_bytes"]
-        summary |= {"bytes": read, "roofline": read / bandwidth / step}
+    if roofline is not None:
+        read = case.bytes_read(details, statistics.mean(one["grown"] for one in found))
+        summary |= {"bytes": read, "roofline": roofline}
     return summary
 
 
@@ -209,7 +228,7 @@ class Bench:
         self, kind: str, case: Case, steady: Steady, *, rounds: int, steps: int, seconds: float
     ) -> dict[str, Any] | None:
         """The case by every engine in turns: lists of figures, one of each round."""
-        room = HELD_STEPS * (1 + ATTEMPTS * rounds) if case.holds else steps
+        room = HELD_STEPS * (1 + ATTEMPTS * rounds) + TURNS * TURN_STEPS if case.holds else steps
         if not case.prefill and case.context + room + 4 > self._positions:
             click.echo(f"{kind} {case.title}: more than the {self._positions} positions of the model, left out")
             return None
@@ -230,11 +249,15 @@ class Bench:
             for name in order[shift:] + order[:shift]:
                 time.sleep(PAUSE)
                 figures[name].append(steady.measure(partial(case.ask, workers[name], **options, seed=1 + number)))
+        shares: dict[str, float | None] = {
+            name: None if case.prefill else case.roofline(worker, steady, vocab=self._vocab)
+            for name, worker in workers.items()
+        }
         for worker in workers.values() if case.holds else ():
             worker.ask("close")
         seen = [value for found in figures.values() for one in found if one.steady for value in one.bandwidths]
         bandwidth = statistics.median(seen) if seen else steady.best
-        engines = {name: summarize(case, workers[name].details, found, bandwidth) for name, found in figures.items()}
+        engines = {name: summarize(case, workers[name].details, found, shares[name]) for name, found in figures.items()}
         cpu_report.print_case(kind, case.title, engines, bandwidth)
         return {"threads": self._threads, "bandwidth": bandwidth, "engines": engines}
 
