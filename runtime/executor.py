@@ -89,16 +89,13 @@ class Executor:
         step, names = artifact.load_program(artifact.manifest.step.file, constants, self.device)
         if names != self._names:
             raise ArtifactError(f"{artifact.path}: the step program takes {names}, the manifest says {self._names}")
-        return lambda inputs: step(*inputs)
+        on_device = torch.inference_mode()(lambda inputs: step(*(value.to(self.device) for value in inputs)))
+        return lambda inputs: [value.cpu() for value in on_device(inputs)]
 
-    @torch.inference_mode()
     def run(self, inputs: StepInputs) -> Tensor:
         """Run one step: writes the new tokens' keys and values, returns logits f32[L, V] on the CPU."""
-        given = vars(inputs)
-        if self.device.type != "cpu":
-            given = {name: value.to(self.device) for name, value in given.items()}
-        tensors = [self.caches[name] if name in self.caches else given[name] for name in self._names]
-        return self._run(tensors)[0].cpu()
+        given = vars(inputs) | self.caches
+        return self._run([given[name] for name in self._names])[0]
 
 
 def usable_code(artifact: Artifact) -> NativeCode | None:

@@ -18,13 +18,16 @@ ISA = os.environ.get("OPTC_TEST_ISA", host_isa())
 under_other_isas = pytest.mark.parametrize("isa", [isa for isa in REQUIRED_FLAGS if isa != ISA])
 
 
-def run_again(file: str, isa: str, only: str) -> None:
-    """The tests of `file` that `only` (as of pytest's -k) selects, under `isa`, if this machine has it."""
+def run_again(file: str, isa: str, only: str, **environment: str) -> None:
+    """The tests of `file` that `only` (as of pytest's -k) selects, under `isa`, if this machine has it.
+
+    Variables of the environment may be given, such as CXX with options.
+    """
     if not supports(isa):
         pytest.skip(f"this machine has no {isa}")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:xdist", "-k", only, file],
-        env=os.environ | {"OPTC_TEST_ISA": isa},
+        env=os.environ | {"OPTC_TEST_ISA": isa} | environment,
         cwd=Path(file).parent.parent,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optc.optimizer.lowering.native import build_kernels
-from optc.runtime.ops.kernels import load_kernels
+from optc.runtime.ops.kernels import load_kernels, supports
 from optc.runtime.ops.packed import (
     PANEL,
     PackedWeight,
@@ -251,18 +251,18 @@ SAME_BITS = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "columns"), [*((dtype, 1061) for dtype in DTYPES), (torch.bfloat16, 1024)])
 @pytest.mark.parametrize("scheme", [*SAME_BITS, "floats"])
-def test_same_bits_alone_and_in_a_batch(scheme: str, dtype: torch.dtype) -> None:
+def test_same_bits_alone_and_in_a_batch(scheme: str, dtype: torch.dtype, columns: int) -> None:
     """Whatever other rows there are, wherever the row is, and on any number of threads."""
     torch.manual_seed(1)
     if scheme == "floats":
         x, rest = (
-            torch.randn(300, 1061).to(dtype),
-            (pack_matrix(torch.randn(70, 1061).to(dtype), 16), None, None, None, None, 70, 16, 0, "none"),
+            torch.randn(300, columns).to(dtype),
+            (pack_matrix(torch.randn(70, columns).to(dtype), 16), None, None, None, None, 70, 16, 0, "none"),
         )
     else:
-        arguments, _ = packed_arguments(Case(scheme=scheme, shape=(70, 1061), dtype=dtype), 300)
+        arguments, _ = packed_arguments(Case(scheme=scheme, shape=(70, columns), dtype=dtype), 300)
         x, rest = arguments[0], arguments[1:]
     torch.set_num_threads(2)
     together = OPS.linear_packed(x, *rest)
@@ -284,6 +284,12 @@ def test_numbers_that_are_not_finite_stay_in_their_row() -> None:
 def test_other_isas(isa: str) -> None:
     only = "same_bits or weights_of_floats or not_finite or (every_scheme and (203 or 261) and (g32 or not g))"
     run_again(__file__, isa, only)
+
+
+@pytest.mark.skipif(not supports("avx512_bf16"), reason="tiles are for libraries with AVX512-BF16")
+def test_tiles_of_amx_in_software() -> None:
+    """With whole units of columns more than 12 rows go through tiles, and get the bits that fewer rows get without."""
+    run_again(__file__, "avx512_bf16", "same_bits and 1024", CXX="g++ -DOPTC_AMX_IN_SOFTWARE")
 
 
 LINEAR = ("x", "weight", "scale", "zero", "input_scale", "bias", "outputs", "bits", "group", "activation")

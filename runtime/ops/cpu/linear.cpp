@@ -121,14 +121,18 @@ struct RowsOfCodes {
   RowsOfCodes(const PackedWeight& weight, int64_t rows, const ActivationKind& kind, const float* steps)
       : rows(rows), columns(weight.columns()), words(round_up(columns, 8) / 4), offset(weight.offset()) {
     const int64_t unit = unit_of(columns, weight.group(), kind.step_columns), units = (columns + unit - 1) / unit;
-    to = scratch<int32_t, 2>(rows * words);
+    const int64_t tile_step = amx::available() && rows > kRows ? amx::step_of(unit, columns) : 0;
+    const int64_t room = tile_step ? round_up(rows, amx::kTileRows) : rows;
+    to = scratch<int32_t, 2>(room * words);
+    std::fill(to + rows * words, to + room * words, 0);
     starts = scratch<int32_t, 1>(rows * units);
     auto* tables = scratch<int32_t, 6>(2 * units);
     for (int64_t u = 0; u < units; u++) {
       tables[u] = static_cast<int32_t>(u * unit / kind.step_columns);
       tables[units + u] = static_cast<int32_t>(u * unit / weight.group());
     }
-    found = {{to, words}, steps, kind.steps_per_row(columns), starts, unit, units, tables, tables + units};
+    const InterleavedRows interleaved{to, words, tile_step ? 1 : kRows};
+    found = {interleaved, steps, kind.steps_per_row(columns), starts, unit, units, tables, tables + units, tile_step};
   }
 
   // `codes` has zeros up to 4 * words.
@@ -137,7 +141,7 @@ struct RowsOfCodes {
     for (int64_t u = 0; u < found.units; u++)
       starts[row * found.units + u] =
           -offset * sum_codes(bytes + u * found.unit, std::min(found.unit, columns - u * found.unit));
-    InterleavedRows::put(codes, words, row, rows, to);
+    found.rows.put(codes, row, rows, to);
   }
 };
 
@@ -175,6 +179,7 @@ template <typename To, typename T>
 InterleavedRows interleaved(const T* x, int64_t rows, int64_t columns) {
   const int64_t words = round_up(columns, 8) * static_cast<int64_t>(sizeof(To)) / 4;
   auto* to = scratch<int32_t, 2>(rows * words);
+  const InterleavedRows found{to, words};
   for_rows(rows, columns, [&](int64_t m) {
     auto* row = scratch<int32_t, 5>(words);
     std::fill(row + std::max<int64_t>(0, words - 8), row + words, 0);
@@ -182,9 +187,9 @@ InterleavedRows interleaved(const T* x, int64_t rows, int64_t columns) {
       std::memcpy(row, x + m * columns, columns * sizeof(T));
     else
       load_row(x + m * columns, reinterpret_cast<float*>(row), columns);
-    InterleavedRows::put(row, words, m, rows, to);
+    found.put(row, m, rows, to);
   });
-  return {to, words};
+  return found;
 }
 
 template <typename T>

@@ -151,21 +151,22 @@ inline int64_t unit_of(int64_t columns, int64_t group, int64_t step) {
   return divisor;
 }
 
-// Rows of x as words of four bytes, interleaved in blocks of kRows rows: word i of row m of a block of M rows lies at
-// i * M + m. The last block has as many rows as are left.
+// Rows of x as words of four bytes, interleaved in blocks of `together` rows, kRows of them, or one where AMX takes them: word
+// i of row m of a block of M rows lies at i * M + m. The last block has as many rows as are left.
 struct InterleavedRows {
   const int32_t* words;
   int64_t words_per_row;
+  int64_t together = kRows;
 
   // `row` is the first of a block.
   const int32_t* block(int64_t row) const { return words + row * words_per_row; }
 
-  // Writes a row of `rows` to where it belongs.
-  static void put(const int32_t* row_words, int64_t words_per_row, int64_t row, int64_t rows, int32_t* to) {
-    const int64_t first = row / kRows * kRows, together = std::min<int64_t>(kRows, rows - first);
+  // Writes a row of `rows` to where it belongs in `to`.
+  void put(const int32_t* row_words, int64_t row, int64_t rows, int32_t* to) const {
+    const int64_t first = row / together * together, count = std::min<int64_t>(together, rows - first);
     int32_t* at = to + first * words_per_row + (row - first);
-    if (together == 1) return static_cast<void>(std::copy_n(row_words, words_per_row, at));
-    for (int64_t i = 0; i < words_per_row; i++) at[i * together] = row_words[i];
+    if (count == 1) return static_cast<void>(std::copy_n(row_words, words_per_row, at));
+    for (int64_t i = 0; i < words_per_row; i++) at[i * count] = row_words[i];
   }
 };
 
@@ -178,6 +179,7 @@ struct RoundedRows {
   int64_t unit, units;
   const int32_t* step_of;   // [units]: which step of a row it takes; a table, as divisions would cost as much as its products
   const int32_t* group_of;  // [units]: which group of the weight it is in
+  int64_t tile_step;        // columns that AMX takes at a time; 0 where it is not used
 };
 
 // The sum of `n` codes.

@@ -5,6 +5,7 @@
 // unit, and only the sums are scaled. A unit's columns and the order of units depend on the layer alone.
 #pragma once
 
+#include "amx.h"
 #include "operand.h"
 
 namespace optc {
@@ -81,7 +82,38 @@ void integer_panel_of_few(const PackedWeight& weight, int64_t panel, const Round
   }
 }
 
-// c[rows, 32] = the products of rows first .. first + rows - 1 of x with a panel.
+#if defined(OPTC_TILES)
+// c[rows, 32] += the products of units u0 .. u1 - 1 of a panel of bytes with rows first .. first + rows - 1 of x, by AMX: as by
+// `integer_unit`.
+inline void integer_tiles(const uint8_t* w, const RoundedRows& x, int64_t first, int64_t rows, int64_t u0, int64_t u1,
+                          const float* scales, const float* zeros, float* c) {
+  alignas(64) int32_t sums[amx::kBlock * kPanel];
+  const int64_t stride = 4 * x.rows.words_per_row;
+  amx::begin(amx::shapes(x.tile_step));
+  for (int64_t row = 0; row < rows; row += amx::kBlock) {
+    const int64_t count = std::min<int64_t>(amx::kBlock, rows - row);
+    for (int64_t u = u0; u < u1; u++) {
+      const auto* codes = reinterpret_cast<const int8_t*>(x.rows.block(first + row)) + u * x.unit;
+      amx::unit(w + (u - u0) * x.unit * kPanel, codes, stride, count, x.unit, x.tile_step, sums);
+      const int64_t at = x.group_of[u] * kPanel;
+      for (int64_t m = 0; m < count; m++) {
+        const int64_t line = first + row + m;
+        const int32_t start = x.starts[line * x.units + u];
+        const Vec step = splat(x.steps[line * x.steps_per_row + x.step_of[u]]);
+        for (int n = 0; n < kPanel; n += kLanes) {
+          float* to = c + (row + m) * kPanel + n;
+          const IntVec sum = load_ints(sums + m * kPanel + n) + start;
+          store(to, add_scaled(load(to), sum, zeros ? zeros + at + n : nullptr, start, load(scales + at + n) * step));
+        }
+      }
+    }
+  }
+  amx::end();
+}
+#endif
+
+// c[rows, 32] = the products of rows first .. first + rows - 1 of x with a panel. Up to kRows meet the weights as they come from
+// memory; for more, a chunk of the panel is expanded and meets all of them.
 template <typename Stream>
 void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows& x, int64_t first, int64_t rows,
                    const float* scales, const float* zeros, float* c) {
@@ -94,7 +126,7 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
     integer_unit<decltype(stream), decltype(m)::value>(from, x, first + row, unit, count, scales + at,
                                                        zeros ? zeros + at : nullptr, c + row * kPanel);
   };
-  if (rows <= kRows) {
+  if (rows <= kRows && !x.tile_step) {
     with_rows<kRows>(rows, [&](auto m) {
       for (int64_t u = 0; u < x.units; u++) {
         const uint8_t* from = w + weight.position(u * x.unit);
@@ -114,6 +146,12 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
       from = bytes;
     }
     fetch(w + weight.position(u1 * x.unit), weight.position(together * x.unit));
+#if defined(OPTC_TILES)
+    if (x.tile_step) {
+      integer_tiles(from, x, first, rows, u0, u1, scales, zeros, c);
+      continue;
+    }
+#endif
     for (int64_t row = 0; row < rows; row += kRows)
       with_rows<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto m) {
         for (int64_t u = u0; u < u1; u++) run_unit(ByteStream(), m, from + (u - u0) * x.unit * kPanel, row, u);
