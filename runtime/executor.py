@@ -89,8 +89,12 @@ class Executor:
         step, names = artifact.load_program(artifact.manifest.step.file, constants, self.device)
         if names != self._names:
             raise ArtifactError(f"{artifact.path}: the step program takes {names}, the manifest says {self._names}")
-        on_device = torch.inference_mode()(lambda inputs: step(*(value.to(self.device) for value in inputs)))
-        return lambda inputs: [value.cpu() for value in on_device(inputs)]
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            with torch.inference_mode():
+                return [value.cpu() for value in step(*(value.to(self.device) for value in inputs))]
+
+        return run
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Run one step: writes the new tokens' keys and values, returns logits f32[L, V] on the CPU."""
