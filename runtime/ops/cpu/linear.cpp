@@ -89,6 +89,28 @@ void multiply_floats(const PackedWeight& weight, const InterleavedRows& x, int64
              });
 }
 
+// Of few rows with codes: make(offsets of a group) makes numbers of them.
+template <typename Make, typename T>
+void multiply_few_floats(const PackedWeight& weight, const InterleavedRows& x, int64_t columns_a_word, int64_t rows,
+                         const std::optional<Tensor>& bias, const Make& make, T* out) {
+  const int64_t unit = unit_of(weight.columns(), weight.group(), weight.columns());
+  with_rows<kFewFloatRows>(rows, [&](auto m) {
+    for_panels(weight, rows, true, true, bias, out,
+               [&](int64_t panel, int64_t first, int64_t, const float* scales, const float* zeros, float* c) {
+                 float_panel_of_few<decltype(m)::value>(weight, panel, x, first, unit, columns_a_word, scales, zeros, make, c);
+               });
+  });
+}
+
+template <template <Store> typename Codes, typename T>
+void multiply_few_codes(const PackedWeight& weight, const InterleavedRows& x, int64_t columns_a_word, int64_t rows,
+                        const std::optional<Tensor>& bias, T* out) {
+  with_codes(weight.store(), [&](auto codes) {
+    const auto make = [](const float* offset) { return Codes<decltype(codes)::store>{offset}; };
+    multiply_few_floats(weight, x, columns_a_word, rows, bias, make, out);
+  });
+}
+
 // For each row, on several threads if it is worth it.
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
@@ -196,14 +218,24 @@ template <typename T>
 void multiply_as_they_are(const PackedWeight& weight, const T* x, int64_t rows, const std::optional<Tensor>& bias,
                           T* out) {
   const int64_t columns = weight.columns();
+  const bool few_codes = rows <= kFewFloatRows && weight.has_codes();
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
     const bool codes_fit = weight.has_codes() && (!weight.has_zero() || weight.has_integer_zero());
-    if (weight.store() == Store::kBFloat16 || codes_fit)
-      return multiply_floats<PairStream>(weight, interleaved<BFloat16>(x, rows, columns), rows, bias, out);
+    if (weight.store() == Store::kBFloat16 || codes_fit) {
+      const InterleavedRows pairs = interleaved<BFloat16>(x, rows, columns);
+      if (few_codes && weight.store() == Store::kNibbles && !weight.has_zero()) {
+        const SignedNibblesAsPairs signed_codes;
+        return multiply_few_floats(weight, pairs, 2, rows, bias, [&](const float*) { return signed_codes; }, out);
+      }
+      if (few_codes) return multiply_few_codes<CodesAsPairs>(weight, pairs, 2, rows, bias, out);
+      return multiply_floats<PairStream>(weight, pairs, rows, bias, out);
+    }
   }
 #endif
-  multiply_floats<FloatStream>(weight, interleaved<float>(x, rows, columns), rows, bias, out);
+  const InterleavedRows floats = interleaved<float>(x, rows, columns);
+  if (few_codes) return multiply_few_codes<CodesAsFloats>(weight, floats, 1, rows, bias, out);
+  multiply_floats<FloatStream>(weight, floats, rows, bias, out);
 }
 
 void check_bias(const std::optional<Tensor>& bias, int64_t outputs) {

@@ -20,6 +20,7 @@ constexpr int kTogether = 2 * kLanes;              // outputs of a panel that ar
 constexpr int64_t kChunk = 512;                    // columns that are expanded at a time: they stay in the first-level cache
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are: the sums must fit the registers
 constexpr int kFewRows = kLanes == 16 ? 4 : 1;                  // the sums of all units must fit them as well
+constexpr int kFewFloatRows = kLanes == 16 ? 8 : 2;             // numbers made of codes must fit beside the sums
 
 // Memory that is needed soon, into the second-level cache: what is on its way to the first holds the entries that loads
 // of the meantime need.
@@ -162,7 +163,7 @@ struct NibbleStream {
 // Of float32 numbers [columns][32]:
 struct FloatStream {
   template <int M>
-  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k++, w += 4 * kPanel, x += M) {
       const Vec first = (Vec)load_ints(w), second = (Vec)load_ints(w + 4 * kLanes);
       sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
@@ -177,7 +178,7 @@ struct FloatStream {
 // Of bfloat16 numbers in runs of two columns:
 struct PairStream {
   template <int M>
-  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, Vec>& sums) {
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int, Sums<M, Vec>& sums) {
     for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M) {
       const IntVec first = load_ints(w), second = load_ints(w + 64);
       sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
@@ -220,6 +221,124 @@ inline Vec widen_float8(BitsVec bits) {
   return (Vec)((BitsVec)magnitude | nan | (bits & 0x80u) << 24);
 }
 
+// Column j of a run of codes as float32; integer codes as they are stored, less `offset`.
+template <Store store>
+OPTC_INLINE Vec code_value(BitsVec run, int j, Vec offset) {
+  if constexpr (store == Store::kFloat8) return widen_float8(run >> (8 * j) & 0xffu);
+  const BitsVec code = store == Store::kBytes ? run >> (8 * j) & 0xffu : run >> (j < 4 ? 8 * j : 8 * j - 28) & 0xfu;
+  return __builtin_convertvector((IntVec)code, Vec) - offset;
+}
+
+// Columns j and j + 1 as a pair of bfloat16, which holds codes of 8 bits exactly.
+template <Store store>
+OPTC_INLINE IntVec code_pair(BitsVec run, int j, Vec offset) {
+  const BitsVec low = (BitsVec)code_value<store>(run, j, offset), high = (BitsVec)code_value<store>(run, j + 1, offset);
+  return (IntVec)(low >> 16 | (high & 0xffff0000u));
+}
+
+// Calls f with the type of the codes.
+template <Store value>
+struct StoreOf {
+  static constexpr Store store = value;
+};
+
+template <typename F>
+inline void with_codes(Store store, const F& f) {
+  if (store == Store::kNibbles) return f(StoreOf<Store::kNibbles>());
+  if (store == Store::kBytes) return f(StoreOf<Store::kBytes>());
+  f(StoreOf<Store::kFloat8>());
+}
+
+// Of codes that become float32 as they come, or pairs of bfloat16. `offset` [32] is subtracted from them, if it is given.
+template <Store store>
+struct CodesAsFloats {
+  const float* offset;
+  static constexpr int kRun = run_of(store);
+
+  template <int M>
+  OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int n, Sums<M, Vec>& sums) const {
+    const Vec less = offset ? load(offset + n) : Vec{}, next_less = offset ? load(offset + n + kLanes) : Vec{};
+    for (int64_t k = 0; k < columns; k += kRun, w += run_bytes(store), x += kRun * M) {
+      const BitsVec first = (BitsVec)load_ints(w), second = (BitsVec)load_ints(w + 4 * kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kRun; j++) {
+        const Vec one = code_value<store>(first, j, less), two = code_value<store>(second, j, next_less);
+        sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+          const Vec value = (Vec)splat_int(x[j * M + m]);
+          a = fmadd(one, value, a), b = fmadd(two, value, b);
+        });
+      }
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+template <Store store>
+struct CodesAsPairs {
+  const float* offset;
+  static constexpr int kRun = run_of(store);
+
+  template <int M>
+  OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int n, Sums<M, Vec>& sums) const {
+    const Vec less = offset ? load(offset + n) : Vec{}, next_less = offset ? load(offset + n + kLanes) : Vec{};
+    for (int64_t k = 0; k < columns; k += kRun, w += run_bytes(store), x += kRun / 2 * M) {
+      const BitsVec first = (BitsVec)load_ints(w), second = (BitsVec)load_ints(w + 4 * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kRun; j += 2) {
+        const IntVec one = code_pair<store>(first, j, less), two = code_pair<store>(second, j, next_less);
+        sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+          const IntVec value = splat_int(x[j / 2 * M + m]);
+          a = dot2(a, one, value), b = dot2(b, two, value);
+        });
+      }
+    }
+  }
+};
+
+// Half bytes without zero points as pairs of bfloat16, by a table.
+class NibbleTable {
+ public:
+  NibbleTable() {
+    alignas(64) BFloat16 values[32];
+    for (int i = 0; i < 32; i++) values[i] = BFloat16(static_cast<float>(i % 16 - 8));  // the fifth bit of an index does not count
+    table_ = _mm512_load_si512(values);
+  }
+
+  // The four pairs of a run: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7.
+  OPTC_INLINE void pairs(IntVec run, IntVec (&out)[4]) const {
+    const __m512i swap = _mm512_set1_epi32(0x03010200);  // bytes 0 2 1 3 of each four: those of columns 0 and 1 start words
+    const __m512i offsets = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const __m512i words = _mm512_shuffle_epi8((__m512i)run, _mm512_add_epi8(swap, offsets));
+    out[0] = (IntVec)_mm512_permutexvar_epi16(words, table_);
+    out[1] = (IntVec)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table_);
+    out[2] = (IntVec)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table_);
+    out[3] = (IntVec)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table_);
+  }
+
+ private:
+  __m512i table_;
+};
+
+struct SignedNibblesAsPairs {
+  NibbleTable table;
+  static constexpr int kRun = 8;
+
+  template <int M>
+  OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int, Sums<M, Vec>& sums) const {
+    for (int64_t k = 0; k < columns; k += 8, w += 4 * kPanel, x += 4 * M) {
+      IntVec one[4], two[4];
+      table.pairs(load_ints(w), one), table.pairs(load_ints(w + 4 * kLanes), two);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+        sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+          const IntVec value = splat_int(x[j * M + m]);
+          a = dot2(a, one[j], value), b = dot2(b, two[j], value);
+        });
+    }
+  }
+};
+#endif
+
 // Columns k .. k + run - 1 of the 16 outputs of half `h`, as float32 [run][16]; integer codes as they are stored, less
 // `zero` [16].
 inline void expand_run(Store store, const uint8_t* run, int h, const float* zero, float* to, int64_t stride) {
@@ -239,17 +358,13 @@ inline void expand_run(Store store, const uint8_t* run, int h, const float* zero
         ::optc::store(out + stride, (Vec)(bits & 0xffff0000u));
         break;
       case Store::kFloat8:
-        for (int j = 0; j < 4; j++) ::optc::store(out + j * stride, widen_float8((bits >> (8 * j)) & 0xffu));
+        for (int j = 0; j < 4; j++) ::optc::store(out + j * stride, code_value<Store::kFloat8>(bits, j, offset));
         break;
       case Store::kBytes:
-        for (int j = 0; j < 4; j++)
-          ::optc::store(out + j * stride, __builtin_convertvector((IntVec)((bits >> (8 * j)) & 0xffu), Vec) - offset);
+        for (int j = 0; j < 4; j++) ::optc::store(out + j * stride, code_value<Store::kBytes>(bits, j, offset));
         break;
       case Store::kNibbles:
-        for (int j = 0; j < 8; j++) {
-          const BitsVec code = (bits >> (j < 4 ? 8 * j : 8 * j - 28)) & 0xfu;
-          ::optc::store(out + j * stride, __builtin_convertvector((IntVec)code, Vec) - offset);
-        }
+        for (int j = 0; j < 8; j++) ::optc::store(out + j * stride, code_value<Store::kNibbles>(bits, j, offset));
         break;
       default: break;
     }

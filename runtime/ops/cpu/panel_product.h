@@ -160,15 +160,15 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
 }
 
 // c[M, 32] += the products of one unit, times `scales` if there are any.
-template <typename Stream, int M>
-void float_unit(const uint8_t* w, const int32_t* x, int64_t columns, const float* scales, float* c) {
+template <int M, typename Stream>
+void float_unit(const Stream& stream, const uint8_t* w, const int32_t* x, int64_t columns, const float* scales, float* c) {
   for (int n = 0; n < kPanel; n += kTogether) {
     Sums<M, Vec> sums;
     sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
       const float* from = c + m * kPanel + n;
       a = scales ? Vec{} : load(from), b = scales ? Vec{} : load(from + kLanes);
     });
-    Stream::template dot<M>(w + 4 * n, x, columns, sums);
+    stream.template dot<M>(w + 4 * n, x, columns, n, sums);
     sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
       float* to = c + m * kPanel + n;
       store(to, scales ? fmadd(a, load(scales + n), load(to)) : a);
@@ -186,18 +186,45 @@ inline void expand_floats(const PackedWeight& weight, const uint8_t* w, int64_t 
                  reinterpret_cast<float*>(to) + k * kPanel + kHalf * h, kPanel);
 }
 
-// The same as pairs of bfloat16, which hold codes of 8 bits exactly.
+// The same as pairs of bfloat16.
 inline void expand_pairs(const PackedWeight& weight, const uint8_t* w, int64_t count, const float* offset, uint8_t* to) {
-  const int64_t run = run_of(weight.store());
-  float values[8 * kPanel];
-  for (int64_t k = 0; k < count; k += run, w += run_bytes(weight.store())) {
-    expand_floats(weight, w, run, offset, reinterpret_cast<uint8_t*>(values));
-    for (int64_t j = 0; j < run; j += 2)
-      for (int i = 0; i < kPanel; i += kLanes, to += 4 * kLanes) {
-        const BitsVec low = (BitsVec)load(values + j * kPanel + i), high = (BitsVec)load(values + (j + 1) * kPanel + i);
-        const BitsVec both = low >> 16 | (high & 0xffff0000u);
-        std::memcpy(to, &both, sizeof both);
+#ifdef __AVX512BF16__
+  if (weight.store() == Store::kNibbles && !weight.has_zero()) {
+    const NibbleTable table;
+    for (int64_t k = 0; k < count; k += 8, w += 4 * kPanel, to += 16 * kPanel)
+      for (int i = 0; i < kPanel; i += kLanes) {
+        IntVec pairs[4];
+        table.pairs(load_ints(w + 4 * i), pairs);
+        for (int j = 0; j < 4; j++) std::memcpy(to + j * 4 * kPanel + 4 * i, &pairs[j], sizeof pairs[j]);
       }
+    return;
+  }
+#endif
+  with_codes(weight.store(), [&](auto codes) {
+    constexpr Store kStore = decltype(codes)::store;
+    for (int64_t k = 0; k < count; k += run_of(kStore), w += run_bytes(kStore), to += run_of(kStore) * 2 * kPanel)
+      for (int i = 0; i < kPanel; i += kLanes) {
+        const BitsVec run = (BitsVec)load_ints(w + 4 * i);
+        const Vec less = offset ? load(offset + i) : Vec{};
+        for (int j = 0; j < run_of(kStore); j += 2) {
+          const IntVec pair = code_pair<kStore>(run, j, less);
+          std::memcpy(to + j * 2 * kPanel + 4 * i, &pair, sizeof pair);
+        }
+      }
+  });
+}
+
+// c[M, 32] = the products of rows first_row .. first_row + M - 1 with a panel of codes: as by `float_panel`, but nothing is
+// expanded in memory. make(offsets of a group) is the stream of numbers.
+template <int M, typename Make>
+void float_panel_of_few(const PackedWeight& weight, int64_t panel, const InterleavedRows& x, int64_t first_row, int64_t unit,
+                        int64_t columns_a_word, const float* scales, const float* offsets, const Make& make, float* c) {
+  const int64_t columns = weight.columns();
+  std::fill_n(c, M * kPanel, 0.0f);
+  for (int64_t k = 0; k < columns; k += unit) {
+    const int64_t at = k / weight.group() * kPanel;
+    float_unit<M>(make(offsets ? offsets + at : nullptr), weight.panel(panel) + weight.position(k), x.block(first_row) + k / columns_a_word * M,
+                  std::min(unit, columns - k), scales + at, c);
   }
 }
 
@@ -230,10 +257,10 @@ void float_panel(const PackedWeight& weight, int64_t panel, const InterleavedRow
         for (int64_t first = k; first < end; first += unit) {
           constexpr int kRowsNow = decltype(m)::value;
           const int64_t count = std::min(unit, end - first);
-          float_unit<Stream, kRowsNow>(from + (first - k) * column_bytes,
-                                       x.block(first_row + row) + first / (kPairs ? 2 : 1) * kRowsNow,
-                                       kPairs ? round_up(count, 2) : count,
-                                       scales ? scales + first / weight.group() * kPanel : nullptr, c + row * kPanel);
+          float_unit<kRowsNow>(Stream(), from + (first - k) * column_bytes,
+                               x.block(first_row + row) + first / (kPairs ? 2 : 1) * kRowsNow,
+                               kPairs ? round_up(count, 2) : count,
+                               scales ? scales + first / weight.group() * kPanel : nullptr, c + row * kPanel);
         }
       });
   }
