@@ -15,7 +15,11 @@ import pytest
 from optc.runtime.ops.kernels import REQUIRED_FLAGS, host_isa, supports
 
 ISA = os.environ.get("OPTC_TEST_ISA", host_isa())
-under_other_isas = pytest.mark.parametrize("isa", [isa for isa in REQUIRED_FLAGS if isa != ISA])
+SLOW = ("avx512",)  # what it has of its own is one way to multiply bytes; `make test-all` runs it
+under_other_isas = pytest.mark.parametrize(
+    "isa",
+    [pytest.param(isa, marks=pytest.mark.slow if isa in SLOW else ()) for isa in REQUIRED_FLAGS if isa != ISA],
+)
 
 
 def run_again(file: str, isa: str, only: str, **environment: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -575,6 +576,22 @@ def test_build_is_cached() -> None:
     first = build_kernels("generic")
     written = first.stat().st_mtime_ns
     assert build_kernels("generic") == first and first.stat().st_mtime_ns == written
+
+
+def test_two_builders_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is a script that notes its calls and takes a while."""
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\necho "$@" >> {calls}\nsleep 0.1\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo library > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("OPTC_CACHE", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build_kernels, ["generic", "generic"])
+    assert first == second and first.exists()
+    assert sum(" -shared " in f" {call} " for call in calls.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

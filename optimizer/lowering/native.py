@@ -6,6 +6,7 @@ user's cache folder under a digest of everything that went into them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -53,7 +54,15 @@ def build_kernels(isa: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder of our own first, so that a reader never meets half a library, and two builders do not meet at all.
+    with (target.parent / "lock").open("w") as lock:  # who wants the same library waits for it instead of making it too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(command, target)
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Make the library `target`, in a folder of our own first, so that a reader never meets half of it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)  # about their time
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
@@ -63,7 +72,6 @@ def build_kernels(isa: str) -> Path:
         torch_libraries = Path(torch.__file__).parent / "lib"
         _run([*command, "-shared", *map(str, objects), "-o", str(library), f"-L{torch_libraries}", "-ltorch_cpu"])
         library.replace(target)
-    return target
 
 
 def _command(isa: str) -> list[str]:
