@@ -35,7 +35,7 @@ class EngineConfig:
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step; longer prompts run in chunks.
         kv_cache_memory: bytes for the KV cache. None takes what `max_num_seqs` sequences of full length need, at most a
-            quarter of the memory that is available.
+            quarter of the memory that the weights leave available.
 
     Raises:
         UsageError: a limit below 1.
@@ -204,7 +204,8 @@ def _num_blocks(artifact: Artifact, config: EngineConfig) -> int:
             raise RequestError(f"kv_cache_memory={config.kv_cache_memory}: a block takes {per_block} bytes")
         return blocks
     per_sequence = -(-manifest.model.max_model_len // manifest.block_size)
-    affordable = int(_available_memory() * MEMORY_SHARE) // per_block
+    left = max(0, _available_memory() - manifest.memory.weight_bytes)  # the executor loads the weights after this
+    affordable = int(left * MEMORY_SHARE) // per_block
     return max(1, min(config.max_num_seqs * per_sequence, affordable))
 
 

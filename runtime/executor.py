@@ -75,7 +75,14 @@ class Executor:
         wanted = set(loader.get_constant_fqns())
         if unknown := sorted(set(code.constants.values()) - self.constants.keys()):
             raise ArtifactError(f"{path}: wants the constant {unknown[0]!r}, which the artifact does not hold")
-        self.constants = huge_pages.copies(self.constants)
+        try:
+            self.constants = huge_pages.copies(self.constants)
+        except OSError as error:
+            size = sum(tensor.nbytes for tensor in self.constants.values())
+            raise ArtifactError(
+                f"{artifact.path}: no memory for {size / 1e9:.1f} GB of weights ({error.strerror}); free some, or run the "
+                "portable program, which reads them from the file, with native=False (--no-native)"
+            ) from error
         bound = {name: self.constants[source] for name, source in code.constants.items() if name in wanted}
         if missing := sorted(wanted - bound.keys()):
             raise ArtifactError(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from optc.errors import ExecutionError, OptcError, RequestError, UsageError
 from optc.runtime import LLM, SamplingParams
+from optc.runtime import engine as engine_module
 from optc.runtime.artifact import open_artifact
 from optc.runtime.engine import Engine, EngineConfig
 from optc.runtime.request import Request
@@ -307,6 +308,15 @@ def test_limits_that_make_no_sense(options: dict[str, int], artifact: Path) -> N
 def test_default_memory_holds_all_sequences(artifact: Path) -> None:
     engine = LLM(artifact, max_num_seqs=3).engine
     assert engine.pool.num_blocks == 3 * LIMIT // BLOCK
+
+
+def test_default_memory_leaves_room_for_the_weights(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = open_artifact(artifact).manifest.memory
+    blocks = 8 * memory.kv_bytes_per_token * BLOCK
+    monkeypatch.setattr(
+        engine_module, "_available_memory", lambda: memory.weight_bytes + int(blocks / engine_module.MEMORY_SHARE)
+    )
+    assert LLM(artifact).engine.pool.num_blocks == 8
 
 
 @pytest.fixture(scope="session")

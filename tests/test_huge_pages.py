@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optc.errors import ArtifactError
 from optc.runtime import huge_pages
 from optc.runtime.artifact import open_artifact
 from optc.runtime.executor import Executor
@@ -46,3 +47,14 @@ def test_no_file_stays_mapped_under_native_weights(native_artifact: Path) -> Non
     executor = Executor(open_artifact(native_artifact), num_blocks=2)
     assert executor.is_native
     assert str(native_artifact) + "/weights" not in Path("/proc/self/maps").read_text()
+
+
+def test_no_memory_for_the_weights(native_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(huge_pages, "_memory", refuse)
+    with pytest.raises(
+        ArtifactError, match=r"no memory for 0\.0 GB of weights \(Cannot allocate memory\).*--no-native"
+    ):
+        Executor(open_artifact(native_artifact), num_blocks=4)

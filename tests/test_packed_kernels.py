@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -251,7 +254,9 @@ SAME_BITS = (
 )
 
 
-@pytest.mark.parametrize(("dtype", "columns"), [*((dtype, 1061) for dtype in DTYPES), (torch.bfloat16, 1024)])
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [*((dtype, 1061) for dtype in DTYPES), (torch.bfloat16, 1024), (torch.bfloat16, 896)]
+)
 @pytest.mark.parametrize("scheme", [*SAME_BITS, "floats"])
 def test_same_bits_alone_and_in_a_batch(scheme: str, dtype: torch.dtype, columns: int) -> None:
     """Whatever other rows there are, wherever the row is, and on any number of threads."""
@@ -267,8 +272,27 @@ def test_same_bits_alone_and_in_a_batch(scheme: str, dtype: torch.dtype, columns
     torch.set_num_threads(2)
     together = OPS.linear_packed(x, *rest)
     for rows in (1, 2, 3, 4, 7, 12, 13, 25, 299):
-        torch.set_num_threads(1 + rows % 2)
+        torch.set_num_threads((1, 2, 3, 8)[rows % 4])
         assert torch.equal(OPS.linear_packed(x[5 : 5 + rows], *rest), together[5 : 5 + rows])
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """Those of its parent are not in it."""
+    script = """
+import os, pathlib, sys, torch
+from optc.runtime.ops.kernels import load_kernels
+load_kernels(pathlib.Path(sys.argv[1]))
+torch.set_num_threads(3)
+x, w, s = torch.randn(2, 1024), torch.randint(0, 256, (64, 128, 128), dtype=torch.uint8), torch.rand(64, 8, 32)
+run = lambda: torch.ops.optc.linear_packed(x, w, s, None, None, None, 2048, 4, 128, "int8-group128")
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) else 1)
+same = torch.equal(run(), expected)
+sys.exit(os.waitpid(child, 0)[1] or not same)
+"""
+    subprocess.run([sys.executable, "-c", script, str(build_kernels(ISA))], check=True, timeout=60)
 
 
 def test_numbers_that_are_not_finite_stay_in_their_row() -> None:
@@ -289,7 +313,15 @@ def test_other_isas(isa: str) -> None:
 @pytest.mark.skipif(not supports("avx512_bf16"), reason="tiles are for libraries with AVX512-BF16")
 def test_tiles_of_amx_in_software() -> None:
     """With whole units of columns more than 12 rows go through tiles, and get the bits that fewer rows get without."""
-    run_again(__file__, "avx512_bf16", "same_bits and 1024", CXX="g++ -DOPTC_AMX_IN_SOFTWARE")
+    compiler = f"{os.environ.get('CXX', 'g++')} -DOPTC_AMX_IN_SOFTWARE"
+    run_again(__file__, "avx512_bf16", "same_bits and (1024 or 896)", CXX=compiler)
+
+
+def test_codes_without_columns() -> None:
+    codes, steps = torch.zeros(2, 0, dtype=torch.int8), torch.zeros(2, 0)
+    weight, scale = torch.zeros(1, 0, 128, dtype=torch.uint8), torch.zeros(1, 1, 32)
+    with pytest.raises(RuntimeError, match="a packed weight must have rows and columns"):
+        OPS.linear_packed_a8(codes, steps, weight, scale, None, None, 32, 4, 32, torch.float32, "int8-group32")
 
 
 LINEAR = ("x", "weight", "scale", "zero", "input_scale", "bias", "outputs", "bits", "group", "activation")

@@ -39,9 +39,8 @@ inline Shapes shapes(int64_t step) {
 
 // Columns of a unit that meet at a time; 0 if a unit's columns cannot be cut so.
 inline int64_t step_of(int64_t unit, int64_t columns) {
-  if (columns % unit) return 0;
   for (int64_t step = kTileBytes; step >= 16; step -= 4)
-    if (unit % step == 0) return step;
+    if (unit % step == 0 && columns % unit % step == 0) return step;
   return 0;
 }
 
@@ -107,7 +106,10 @@ inline bool available() {
   return found;
 }
 
-OPTC_TILES inline void begin(const Shapes& shapes) { _tile_loadconfig(&shapes); }
+OPTC_TILES inline void begin(const Shapes& shapes) {
+  asm volatile("" : : "r"(&shapes) : "memory");  // GCC's header says that only the first bytes are read
+  _tile_loadconfig(&shapes);
+}
 OPTC_TILES inline void end() { _tile_release(); }
 
 #endif

@@ -10,6 +10,9 @@ namespace optc {
 namespace {
 
 constexpr int64_t kTile = 20 * kRows;  // rows of x that a panel meets at a time: they stay in the second-level cache
+#if defined(OPTC_TILES)
+static_assert(kTile % amx::kTileRows == 0, "rows are padded to whole tiles after the last one only");
+#endif
 
 // How many panels are worth waking a thread for.
 int64_t grain(const PackedWeight& weight, int64_t rows) {
@@ -288,9 +291,10 @@ Tensor linear_packed_a8(const Tensor& codes_in, const Tensor& steps_in, const Te
   check_dtype("steps", steps_in, ScalarType::Float);
   check(codes_in.dim() > 0 && steps_in.dim() == codes_in.dim(), "linear_packed_a8 expects codes [..., K] and steps [..., G]");
   const Tensor codes = as_contiguous(codes_in), steps = as_contiguous(steps_in);
-  const int64_t columns = codes.size(codes.dim() - 1), rows = codes.numel() / columns;
+  const int64_t columns = codes.size(codes.dim() - 1);
   const std::optional<Tensor> scale = scale_in;
   const PackedWeight weight(weight_in, scale, zero, outputs, columns, bits, group);
+  const int64_t rows = codes.numel() / columns;
   const ActivationKind kind(activation, columns);
   check(kind.rounds && weight.is_integer(), "linear_packed_a8 needs integer codes and activations");
   const int64_t expected = rows * kind.steps_per_row(columns);

@@ -46,12 +46,6 @@ inline IntVec load_ints(const void* p) {
 
 inline IntVec splat_int(int32_t x) { return IntVec{} + x; }
 
-inline int32_t load_int(const void* p) {
-  int32_t x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
 // acc[i] += sum_j w[4 i + j] * x[4 i + j] of unsigned bytes w and signed bytes x; exact.
 inline IntVec dot4(IntVec acc, IntVec w, IntVec x) {
 #if defined(__AVX512VNNI__)

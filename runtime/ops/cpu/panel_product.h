@@ -85,8 +85,8 @@ void integer_panel_of_few(const PackedWeight& weight, int64_t panel, const Round
 #if defined(OPTC_TILES)
 // c[rows, 32] += the products of units u0 .. u1 - 1 of a panel of bytes with rows first .. first + rows - 1 of x, by AMX: as by
 // `integer_unit`.
-inline void integer_tiles(const uint8_t* w, const RoundedRows& x, int64_t first, int64_t rows, int64_t u0, int64_t u1,
-                          const float* scales, const float* zeros, float* c) {
+inline void integer_tiles(const uint8_t* w, int64_t columns, const RoundedRows& x, int64_t first, int64_t rows, int64_t u0,
+                          int64_t u1, const float* scales, const float* zeros, float* c) {
   alignas(64) int32_t sums[amx::kBlock * kPanel];
   const int64_t stride = 4 * x.rows.words_per_row;
   amx::begin(amx::shapes(x.tile_step));
@@ -94,7 +94,8 @@ inline void integer_tiles(const uint8_t* w, const RoundedRows& x, int64_t first,
     const int64_t count = std::min<int64_t>(amx::kBlock, rows - row);
     for (int64_t u = u0; u < u1; u++) {
       const auto* codes = reinterpret_cast<const int8_t*>(x.rows.block(first + row)) + u * x.unit;
-      amx::unit(w + (u - u0) * x.unit * kPanel, codes, stride, count, x.unit, x.tile_step, sums);
+      const int64_t unit = std::min(x.unit, columns - u * x.unit);
+      amx::unit(w + (u - u0) * x.unit * kPanel, codes, stride, count, unit, x.tile_step, sums);
       const int64_t at = x.group_of[u] * kPanel;
       for (int64_t m = 0; m < count; m++) {
         const int64_t line = first + row + m;
@@ -148,7 +149,7 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
     fetch(w + weight.position(u1 * x.unit), weight.position(together * x.unit));
 #if defined(OPTC_TILES)
     if (x.tile_step) {
-      integer_tiles(from, x, first, rows, u0, u1, scales, zeros, c);
+      integer_tiles(from, columns, x, first, rows, u0, u1, scales, zeros, c);
       continue;
     }
 #endif

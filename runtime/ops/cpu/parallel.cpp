@@ -11,6 +11,7 @@
 #include <climits>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -22,7 +23,7 @@ namespace {
 
 constexpr int64_t kMostThreads = 256;
 constexpr int kSpins = 4000;  // pauses before a thread sleeps: 50 to 150 us, longer than what lies between two regions
-constexpr int64_t kFetched = 256 << 10;  // bytes that a thread fetches ahead: a part of its second-level cache
+constexpr int64_t kFetched = 256 << 10;  // bytes that a thread fetches ahead, for second-level caches of 1 MiB and more
 constexpr int64_t kFetchedAtOnce = 512;  // so few that a new region does not wait
 
 inline void pause() {
@@ -57,8 +58,11 @@ class Sequence {
   // A region begins. Returns what was known to follow on it.
   const Region* advance(Reads reads, int64_t count, int64_t chunk, int64_t threads) {
     Region& slot = next_[last_];
-    slot.data = static_cast<const char*>(reads.data), slot.bytes = reads.bytes;
-    slot.count = count, slot.chunk = chunk, slot.threads = threads;
+    slot.data.store(static_cast<const char*>(reads.data), std::memory_order_relaxed);
+    slot.bytes.store(reads.bytes, std::memory_order_relaxed);
+    slot.count.store(count, std::memory_order_relaxed);
+    slot.chunk.store(chunk, std::memory_order_relaxed);
+    slot.threads.store(threads, std::memory_order_relaxed);
     last_ = (reinterpret_cast<uintptr_t>(reads.data) >> 6) * 0x9e3779b97f4a7c15u >> 52;
     return &next_[last_];
   }
@@ -125,6 +129,7 @@ struct Pool {
   void take_pieces(int64_t thread) {
     for (int64_t i = 0; i < threads; i++) {
       Share& share = shares[(thread + i) % threads];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;  // many threads would fight for its line
       for (int64_t begin; (begin = share.next.fetch_add(chunk)) < share.end;) {
         try {
           run(begin, std::min(share.end, begin + chunk), f);
@@ -157,8 +162,12 @@ struct Pool {
     }
   }
 
+  // As many as the system lets us have: those that there are take all pieces.
   void start_workers(int64_t wanted) {
-    for (; workers < wanted; workers++) std::thread([this, thread = workers + 1] { work(thread); }).detach();
+    try {
+      for (; workers < wanted; workers++) std::thread([this, thread = workers + 1] { work(thread); }).detach();
+    } catch (const std::system_error&) {
+    }
   }
 };
 

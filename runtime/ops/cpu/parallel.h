@@ -25,7 +25,8 @@ struct Reads {
   int64_t bytes = 0;
 };
 
-// Calls run(begin, end, f) for ranges that cover 0 .. count - 1, each at most `chunk` long, on at most `threads` threads.
+// Calls run(begin, end, f) for ranges that cover 0 .. count - 1, on at most `threads` threads and then each at most `chunk`
+// long.
 void run_pieces(int64_t count, int64_t chunk, int64_t threads, Reads reads, Pieces run, const void* f);
 
 // Calls f(begin, end) for ranges that cover first .. last - 1, on as many threads as PyTorch is set to use; on this thread
