@@ -228,7 +228,9 @@ class Bench:
         self, kind: str, case: Case, steady: Steady, *, rounds: int, steps: int, seconds: float
     ) -> dict[str, Any] | None:
         """The case by every engine in turns: lists of figures, one of each round."""
-        room = HELD_STEPS * (1 + ATTEMPTS * rounds) + TURNS * TURN_STEPS if case.holds else steps
+        room = (
+            HELD_STEPS * (1 + ATTEMPTS * rounds) + TURNS * TURN_STEPS if case.holds else max(steps, TURNS * TURN_STEPS)
+        )
         if not case.prefill and case.context + room + 4 > self._positions:
             click.echo(f"{kind} {case.title}: more than the {self._positions} positions of the model, left out")
             return None

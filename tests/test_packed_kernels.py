@@ -312,7 +312,9 @@ def test_other_isas(isa: str) -> None:
 
 @pytest.mark.skipif(not supports("avx512_bf16"), reason="tiles are for libraries with AVX512-BF16")
 def test_tiles_of_amx_in_software() -> None:
-    """With whole units of columns more than 12 rows go through tiles, and get the bits that fewer rows get without."""
+    """More than 12 rows go through tiles, with a whole or a ragged last unit of columns, and get the bits of fewer rows, which
+    go through none. (An error put into the tiles' product failed here.)
+    """
     compiler = f"{os.environ.get('CXX', 'g++')} -DOPTC_AMX_IN_SOFTWARE"
     run_again(__file__, "avx512_bf16", "same_bits and (1024 or 896)", CXX=compiler)
 

@@ -224,7 +224,8 @@ void float_panel_of_few(const PackedWeight& weight, int64_t panel, const Interle
   std::fill_n(c, M * kPanel, 0.0f);
   for (int64_t k = 0; k < columns; k += unit) {
     const int64_t at = k / weight.group() * kPanel;
-    float_unit<M>(make(offsets ? offsets + at : nullptr), weight.panel(panel) + weight.position(k), x.block(first_row) + k / columns_a_word * M,
+    const int32_t* words = x.block(first_row) + k / columns_a_word * M;
+    float_unit<M>(make(offsets ? offsets + at : nullptr), weight.panel(panel) + weight.position(k), words,
                   std::min(unit, columns - k), scales + at, c);
   }
 }
