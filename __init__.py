@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .optimizer.compile import compile
-    from .runtime import LLM, GenerationResult, SamplingParams
+    from .runtime import LLM, AsyncEngine, GenerationResult, SamplingParams, StructuredOutput
 
 # optc's kernels have a thread pool of their own (runtime/ops/cpu/parallel.h). What else runs on OpenMP's threads must not
 # take the cores from it: with OpenMP's default they spin long after a parallel region has ended. It is read once, when
@@ -16,13 +16,23 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "GenerationResult", "SamplingParams", "__version__", "compile"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "GenerationResult",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+    "compile",
+]
 
 _WHERE = {
     "compile": ".optimizer.compile",
+    "AsyncEngine": ".runtime",
     "LLM": ".runtime",
     "GenerationResult": ".runtime",
     "SamplingParams": ".runtime",
+    "StructuredOutput": ".runtime",
 }
 
 

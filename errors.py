@@ -11,7 +11,10 @@
     +-- LoweringError             native code could not be made
     +-- ArtifactError             an artifact cannot be written, read or trusted
     +-- RequestError              a prompt or a sampling parameter is wrong
-    +-- ExecutionError            the model computed something that is no number
+    +-- OverloadedError           the engine's queue is full; the same request may be taken later
+    +-- DeadlineError             a request did not end in the time it was given
+    +-- ClosedError               the engine was closed, or its thread died
+    +-- ExecutionError            the model computed something that is no number, or a step failed
 
 Messages name the thing, what was found, what was expected, and the way out. `assert` is for optc's own invariants.
 """
@@ -74,4 +77,16 @@ class RequestError(OptcError):
 
 
 class ExecutionError(OptcError):
+    pass
+
+
+class OverloadedError(OptcError):
+    pass
+
+
+class DeadlineError(OptcError):
+    pass
+
+
+class ClosedError(OptcError):
     pass

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..errors import RequestError, UsageError
 from ..runtime import LLM, SamplingParams
 from ..runtime.artifact import open_artifact
+from ..runtime.reader import CompletionReader
 from ..runtime.request import Request
 from ..runtime.scorer import Scored, Scorer
 from ..runtime.tokenizer import Tokenizer
@@ -158,25 +159,21 @@ class ArtifactLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete each context up to the first of its stop strings, all in one continuously batched run."""
         engine = self._llm.engine
-        running: dict[Request, _Completion] = {}
+        running: list[Request] = []
         for number, request in enumerate(requests):
             context, options = request.args
-            params, until = _sampling(options, seed=number)
+            params = _sampling(options, seed=number)
             room = self.max_length - params.max_tokens
             if room < 1:
                 raise RequestError(f"max_gen_toks {params.max_tokens}: expected fewer than {self.max_length}")
-            ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-            running[engine.add(ids, params)] = _Completion(self._text, ids, until)
-        completions = list(running.values())
-        with tqdm(total=len(requests), disable=disable_tqdm) as bar:
-            while running:
-                for advanced in engine.step():
-                    stopped = running[advanced].push(advanced.output_token_ids[-1])
-                    if stopped or advanced.finish_reason:
-                        engine.abort([advanced])
-                        del running[advanced]
-                        bar.update()
-        texts = [completion.text() for completion in completions]
+            running.append(engine.add(self.tok_encode(context)[-room:] or [self.prefix_token_id], params))
+        texts: list[str] = []
+        for completion in tqdm(running, disable=disable_tqdm):
+            while completion.finish_reason is None:
+                engine.step()
+            if completion.error is not None:
+                raise completion.error
+            texts.append(CompletionReader(completion, self._text).completion(has_text=True).text or "")
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
@@ -210,27 +207,8 @@ class ArtifactLM(TemplateLM):
         return {"model_sha": manifest.identity, "model_num_parameters": manifest.model.parameters}
 
 
-class _Completion:
-    """The text of one request as it grows, until it holds a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], until: list[str]) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt)
-        self._until = until
-        self._text = ""
-
-    def push(self, token_id: int) -> bool:
-        """Whether the text holds a stop string now."""
-        self._text += self._detokenizer.push(token_id)
-        return any(stop in self._text for stop in self._until)
-
-    def text(self) -> str:
-        """What stands before the first stop string."""
-        text = self._text + self._detokenizer.flush()
-        return min((text.partition(stop)[0] for stop in self._until), key=len, default=text)
-
-
-def _sampling(options: Mapping[str, Any], *, seed: int) -> tuple[SamplingParams, list[str]]:
-    """lm-eval's generation arguments as sampling parameters and stop strings."""
+def _sampling(options: Mapping[str, Any], *, seed: int) -> SamplingParams:
+    """lm-eval's generation arguments as sampling parameters."""
     given: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), _MAX_GEN_TOKS))
     until = [stop for stop in given.pop("until") if stop]
     max_tokens, sample = given.pop("max_gen_toks"), given.pop("do_sample", False)
@@ -240,7 +218,9 @@ def _sampling(options: Mapping[str, Any], *, seed: int) -> tuple[SamplingParams,
         raise RequestError(
             f"generation option {sorted(given)[0]!r}: expected until, max_gen_toks, do_sample, temperature, top_k, top_p"
         )
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature if sample else 0.0, seed=seed, **known), until
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature if sample else 0.0, seed=seed, stop=until, **known
+    )
 
 
 def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:

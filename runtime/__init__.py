@@ -6,13 +6,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_engine import AsyncEngine
     from .llm import LLM
-    from .params import SamplingParams
-    from .request import GenerationResult
+    from .params import SamplingParams, StructuredOutput
+    from .reader import RequestOutput
+    from .request import Completion, GenerationResult
 
-__all__ = ["LLM", "GenerationResult", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "GenerationResult",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+]
 
-_WHERE = {"LLM": ".llm", "SamplingParams": ".params", "GenerationResult": ".request"}
+_WHERE = {
+    "AsyncEngine": ".async_engine",
+    "Completion": ".request",
+    "GenerationResult": ".request",
+    "LLM": ".llm",
+    "RequestOutput": ".reader",
+    "SamplingParams": ".params",
+    "StructuredOutput": ".params",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,7 @@ def run_command(
         text = _read_stdin() if prompt == "-" else prompt
         _print_stream(llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, **options))
     if not quiet:
-        count, seconds = llm.engine.num_generated_tokens, time.perf_counter() - started
+        count, seconds = llm.engine.counters.generated_tokens, time.perf_counter() - started
         click.echo(
             f"[loaded in {loaded:.2f} s; {count} tokens in {seconds:.2f} s, {count / seconds:.0f} a second]", err=True
         )

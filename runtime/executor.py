@@ -108,6 +108,12 @@ class Executor:
         given = vars(inputs) | self.caches
         return self._run([given[name] for name in self._names])[0]
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of every layer's cache, (source, destination) one after the other."""
+        for cache in self.caches.values():
+            for source, destination in copies:
+                cache[destination].copy_(cache[source])
+
 
 def usable_code(artifact: Artifact) -> NativeCode | None:
     """The artifact's native code; None, with the reason logged, where it has none that this processor can run.

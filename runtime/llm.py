@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from types import TracebackType
+from typing import Any, Self
 
 from ..errors import RequestError
 from .artifact import open_artifact
 from .engine import Engine, EngineConfig
-from .params import SamplingParams
+from .params import RequestOptions, SamplingParams, split_options
+from .reader import CompletionReader
 from .request import GenerationResult, Request
+from .stats import EngineStats
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -23,21 +24,22 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A compiled model. Threads may share one.
+    """A compiled model. Threads may share one; a process forked from one that has it may not use it.
 
-        llm = LLM("qwen3.optc")
-        print(llm.generate("Hello", max_tokens=32)[0].text)
+        with LLM("qwen3.optc") as llm:
+            print(llm.generate("Hello", max_tokens=32)[0].text)
 
     Args:
         path: artifact folder.
         native: use the artifact's native code. Off (`--no-native`), only data is loaded: the portable program over known
             ops, and safetensors. Native code of a stranger is a stranger's program.
         verify: hash every file even if the artifact was checked on this machine before.
-        max_num_seqs, max_num_batched_tokens, kv_cache_memory: see `EngineConfig`.
         on_hash: called with the name of each file before it is hashed.
+        **limits: fields of `EngineConfig`.
 
     Raises:
         ArtifactError: the artifact is damaged or does not fit this machine.
+        UsageError: a limit that makes no sense.
     """
 
     def __init__(
@@ -46,78 +48,114 @@ class LLM:
         *,
         native: bool = True,
         verify: bool = False,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
-        kv_cache_memory: int | None = None,
         on_hash: Callable[[str], None] = lambda file: None,
+        **limits: Any,
     ) -> None:
+        config = EngineConfig(**limits)
         self.artifact = open_artifact(path, verify=verify, on_hash=on_hash)
         self.manifest = self.artifact.manifest
-        record = self.manifest.tokenizer
-        self.tokenizer = Tokenizer(self.artifact.path, record) if record else None
-        config = EngineConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=kv_cache_memory
-        )
         self.engine = Engine(self.artifact, config, native=native)
+        self.tokenizer = self.engine.tokenizer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop requests that have not finished, and end helper processes."""
+        self.engine.close()
+
+    def stats(self) -> EngineStats:
+        """What the engine has done, and how it stands."""
+        return self.engine.stats()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
     ) -> list[GenerationResult]:
         """Complete prompts, all in one continuously batched run.
 
         Args:
             prompts: a text or a list of token ids, or a list of such.
             params: for all prompts.
-            **options: fields of `SamplingParams`, over those of `params`.
+            progress: show a progress bar on standard error; by default for several prompts on a terminal.
+            **options: fields of `SamplingParams`, over those of `params`, and of `RequestOptions`.
 
         Returns:
-            One result a prompt, in order.
+            One result a prompt, in order. What went wrong with one prompt alone is in its `error`.
 
         Raises:
             RequestError: an empty prompt, one that is too long, ids out of range, a wrong option, or text without a
                 tokenizer. Nothing was generated then.
+            OverloadedError: the engine has a queue limit, and it does not hold these prompts.
         """
-        chosen = _params(params, options)
-        requests = self._add_all([self._encode(prompt) for prompt in _as_list(prompts)], chosen)
+        chosen, treatment = make_params(params, options)
+        requests = self._add_all([self.encode(prompt) for prompt in _as_list(prompts)], chosen, treatment)
+        if progress is None:
+            progress = len(requests) > 1 and sys.stderr.isatty()
         try:
-            for request in requests:
-                while request.finish_reason is None:
-                    self.engine.step()
+            self._finish_all(requests, progress)
         except BaseException:
-            self.engine.abort(requests)
+            self._abort(requests)
             raise
         return [self._result(request) for request in requests]
+
+    def _finish_all(self, requests: Sequence[Request], progress: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
+        before = self.engine.counters.generated_tokens
+        with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+            task = bar.add_task("", total=len(requests), speed="")
+            for request in requests:
+                while any(member.finish_reason is None for member in request.group):
+                    self.engine.step()
+                if progress:
+                    elapsed = bar.tasks[0].elapsed or 1e-9
+                    speed = (self.engine.counters.generated_tokens - before) / elapsed
+                    bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding its text as it comes; pieces join to the text that `generate` gives.
 
         Raises:
-            RequestError: as `generate`, before the first piece.
+            RequestError: as `generate`, before the first piece; or `n` above 1.
+            OptcError: what went wrong with the request, behind the last piece.
         """
-        tokenizer = self._need_tokenizer("streaming text")
-        chosen = _params(params, options)
-        ids = self._encode(prompt)
-        self.engine.abort(self._add_all([ids], chosen))  # refuse now what would be refused at the first piece
-        return self._pieces(tokenizer, ids, chosen)
+        self._need_tokenizer("streaming text")
+        chosen, treatment = make_params(params, options)
+        if chosen.n > 1:
+            raise RequestError(f"n={chosen.n}: expected 1 for a stream")
+        ids = self.encode(prompt)
+        self._abort(self._add_all([ids], chosen, treatment))  # refuse now what would be refused at the first piece
+        return self._pieces(ids, chosen, treatment)
 
-    def _pieces(self, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> Iterator[str]:
-        detokenizer = tokenizer.detokenizer(prompt)
-        (request,) = self._add_all([prompt], params)
-        given = 0
+    def _pieces(self, prompt: list[int], params: SamplingParams, treatment: RequestOptions) -> Iterator[str]:
+        (request,) = self._add_all([prompt], params, treatment)
+        reader = CompletionReader(request, self.tokenizer)
+        if params.echo:
+            yield self._need_tokenizer("echo").decode(prompt)
         try:
-            while request.finish_reason is None or given < request.num_output_tokens:
+            while not reader.is_done:
                 # Other callers step the engine too, so there may be none or several new tokens.
-                if given == request.num_output_tokens:
+                output = reader.read()
+                if output is None:
                     self.engine.step()
-                for token in request.output_token_ids[given:]:
-                    given += 1
-                    if piece := detokenizer.push(token):
-                        yield piece
-            if piece := detokenizer.flush():
-                yield piece
+                elif output.text:
+                    yield output.text
+            if request.error is not None:
+                raise request.error
         finally:
-            if request.finish_reason is None:
-                self.engine.abort([request])
+            self._abort([request])
 
     def chat(
         self,
@@ -133,7 +171,7 @@ class LLM:
             messages: `{"role": "user", "content": "..."}` and so on; or a list of such conversations.
             params: for all conversations.
             template_variables: what the template takes besides messages, such as `tools` or `enable_thinking`.
-            **options: fields of `SamplingParams`, over those of `params`.
+            **options: as `generate`.
 
         Raises:
             RequestError: no chat template, or messages it refuses; and as `generate`.
@@ -150,29 +188,32 @@ class LLM:
         tokenizer = self._need_tokenizer("chat")
         return tokenizer.encode(tokenizer.render_chat(messages, **template_variables), add_special_tokens=False)
 
-    @torch.inference_mode()
-    def score(self, prompt: Prompt) -> list[float]:
-        """Natural log-probability of each token after the first, given those before it, by the scoring program.
+    def score(self, prompts: Prompt | Sequence[Prompt], *, progress: bool | None = None) -> list[list[float]]:
+        """Natural log-probability of each token of each prompt after its first, given those before it.
 
         Raises:
             RequestError: fewer than two tokens, more than the context length, or ids out of range.
         """
-        ids = self._encode(prompt)
         limit = self.manifest.model.max_model_len
-        if not 2 <= len(ids) <= limit:
-            raise RequestError(f"{len(ids)} tokens to score: expected 2 to {limit}")
-        tokens = torch.tensor(self.engine.check_token_ids(ids))
-        logits = self._scoring_program(tokens[None], torch.arange(len(ids))[None])[0][0].float()
-        found: list[float] = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
+        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        for ids in encoded:
+            if not 2 <= len(ids) <= limit:
+                raise RequestError(f"{len(ids)} tokens to score: expected 2 to {limit}")
+        results = self.generate(encoded, SamplingParams(max_tokens=0, prompt_logprobs=0), progress=progress)
+        found: list[list[float]] = []
+        for result in results:
+            assert result.prompt_logprobs is not None
+            found.append(
+                [entry[token] for entry, token in zip(result.prompt_logprobs, result.prompt_token_ids[1:], strict=True)]
+            )
         return found
 
-    @cached_property
-    def _scoring_program(self) -> Callable[..., Any]:
-        constants = self.engine.executor.constants
-        program, _ = self.artifact.load_program(self.manifest.score.file, constants, torch.device("cpu"))
-        return program
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt.
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+        Raises:
+            RequestError: neither a text nor a list, an empty text, or a text and no tokenizer.
+        """
         if not isinstance(prompt, str):
             ids: object = prompt
             if not isinstance(ids, Sequence) or isinstance(ids, bytes):
@@ -189,34 +230,40 @@ class LLM:
             )
         return self.tokenizer
 
-    def _add_all(self, prompts: list[list[int]], params: SamplingParams) -> list[Request]:
+    def _add_all(self, prompts: list[list[int]], params: SamplingParams, treatment: RequestOptions) -> list[Request]:
+        if params.echo:
+            self._need_tokenizer("echo")
         requests: list[Request] = []
         try:
             for number, ids in enumerate(prompts):
-                requests.append(self.engine.add(ids, _seeded(params, number)))
-        except RequestError:
-            self.engine.abort(requests)
+                requests.append(self.engine.add(ids, _seeded(params, number), treatment))
+        except BaseException:
+            self._abort(requests)
             raise
         return requests
 
+    def _abort(self, requests: Sequence[Request]) -> None:
+        self.engine.abort(member for request in requests for member in request.group if member.finish_reason is None)
+
     def _result(self, request: Request) -> GenerationResult:
-        assert request.finish_reason is not None
-        text = None
-        if self.tokenizer is not None:
-            detokenizer = self.tokenizer.detokenizer(request.prompt_token_ids)
-            text = "".join([*map(detokenizer.push, request.output_token_ids), detokenizer.flush()])
-        logprobs = request.logprobs if request.params.logprobs is not None else None
-        return GenerationResult(
-            request.prompt_token_ids, text, request.output_token_ids, request.finish_reason, logprobs
-        )
+        completions = [
+            CompletionReader(member, self.tokenizer).completion(self.tokenizer is not None) for member in request.group
+        ]
+        if request.params.echo:
+            text = self._need_tokenizer("echo").decode(request.prompt_token_ids)
+            completions = [replace(each, text=text + (each.text or "")) for each in completions]
+        reported = request.params.prompt_logprobs is not None
+        return GenerationResult(request.prompt_token_ids, completions, request.prompt_logprobs if reported else None)
 
 
-def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    try:
-        return replace(params or SamplingParams(), **options)
-    except TypeError as error:
-        known = ", ".join(SamplingParams.__dataclass_fields__)
-        raise RequestError(f"unknown sampling option among {sorted(options)}; known: {known}") from error
+def make_params(params: SamplingParams | None, options: Mapping[str, Any]) -> tuple[SamplingParams, RequestOptions]:
+    """Parameters with keyword arguments over them.
+
+    Raises:
+        RequestError: an unknown or a wrong option.
+    """
+    sampling, treatment = split_options(options)
+    return replace(params or SamplingParams(), **sampling), RequestOptions(**treatment)
 
 
 def _seeded(params: SamplingParams, number: int) -> SamplingParams:

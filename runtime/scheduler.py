@@ -1,17 +1,22 @@
 """Which tokens of which sequences run in the next step.
 
-There is no prefill or decode: each step gives every sequence tokens until its computed tokens catch up with its tokens.
-Running sequences come first, then waiting ones in order of arrival, within a budget of tokens. A sequence that finds no
-free block takes those of the youngest running one, which starts again later (preemption by recompute).
+There is no prefill or decode: each step gives sequences tokens until their computed tokens catch up with their tokens.
+Running sequences come before waiting ones, and those that lack a single token before the others, so that a long prompt
+holds nobody up. A sequence that finds no free block takes those of the last one in rank, which starts again later
+(preemption by recompute). What that one had computed stays in the prefix cache until it is needed for others, last blocks
+first, and is found again: so preemption costs as little as it can.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
-from .kv_cache import BlockPool
+from .kv_cache import KVCacheManager
 from .request import Request
+from .step_costs import StepCosts
+from .waiting_queue import WaitingQueue
+
+LEAST_CHUNK = 8  # tokens of prompts that a step runs in any case, while others wait for theirs
 
 
 @dataclass(frozen=True)
@@ -28,69 +33,123 @@ class Scheduled:
 
 
 class Scheduler:
-    """Iteration-level scheduling over a block pool.
+    """Iteration-level scheduling (Orca, Yu et al. 2022) with chunked prefill (Sarathi-Serve, Agrawal et al. 2024).
 
     Args:
-        pool: blocks of the KV cache.
+        kv: block tables.
+        waiting: the queue, with its policy.
+        costs: of steps so far.
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step.
+        decode_stretch: a step that runs prompts besides takes at most so many times as long as the running sequences'
+            next tokens alone; None is no limit.
+        max_logits_rows: most positions of a step whose logits are computed, for prompt log-probabilities.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.pool = pool
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        waiting: WaitingQueue,
+        costs: StepCosts,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        decode_stretch: float | None = None,
+        max_logits_rows: int = 2**31,
+    ) -> None:
+        self.kv, self.waiting, self.costs = kv, waiting, costs
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.decode_stretch, self.max_logits_rows = decode_stretch, max_logits_rows
         self.running: list[Request] = []
         self.num_preemptions = 0
-
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> list[Scheduled]:
         """The next step. Not empty while there is work: a request that cannot fit alone is refused before it gets here."""
-        budget = self.max_num_batched_tokens
-        step: list[Scheduled] = []
-        for request in list(self.running):
-            if budget == 0 or request not in self.running:  # preempted by an older one in this very loop
-                continue
-            num_new = min(request.num_tokens - request.num_computed, budget)
-            if self._make_room(request, num_new, step):
-                step.append(Scheduled(request, num_new))
-                budget -= num_new
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            num_new = min(request.num_tokens, budget)
-            # All of the prompt must fit, not just this chunk: half-admitted prompts would preempt each other.
-            if self.pool.blocks_for(request.num_tokens) > self.pool.num_free:
+        step: dict[Request, int] = {}
+        gone: set[Request] = set()
+        ranked = sorted(self.running, key=self.waiting.rank) if len(self.running) > 1 else list(self.running)
+        decoding = [request for request in ranked if request.num_tokens - request.num_computed == 1]
+        for request in decoding:
+            if len(step) < self.max_num_batched_tokens and request not in gone:
+                self._run(request, 1, step, gone)
+        limit = self._limit(len(step))
+        if len(decoding) < len(ranked):
+            for request in ranked:
+                budget = limit - sum(step.values())
+                if budget > 0 and request not in step and request not in gone:
+                    self._run(request, self._chunk(request, budget), step, gone)
+        while not gone and (budget := limit - sum(step.values())) > 0:
+            admitted = self._admit()
+            if admitted is None:
                 break
-            self.pool.grow(request, num_new)
-            self.running.append(self.waiting.popleft())
-            step.append(Scheduled(request, num_new))
-            budget -= num_new
+            self._run(admitted, self._chunk(admitted, budget), step, gone)
         assert step or not self.has_work()
-        return step
+        return [Scheduled(request, num_new) for request, num_new in step.items()]
 
-    def _make_room(self, request: Request, num_new: int, step: list[Scheduled]) -> bool:
-        """Blocks for `num_new` more tokens, preempting from the youngest on; False if `request` itself had to go."""
-        while not self.pool.grow(request, request.num_computed + num_new):
-            victim = self.running[-1]
-            assert victim not in [scheduled.request for scheduled in step]
-            self.running.remove(victim)
-            self.pool.release(victim)
-            victim.num_computed = 0
-            self.waiting.appendleft(victim)
-            self.num_preemptions += 1
+    def _limit(self, decoding: int) -> int:
+        """How many tokens the step may have in all, once `decoding` sequences get one each."""
+        most = self.max_num_batched_tokens
+        if self.decode_stretch is None or not decoding or decoding >= most:
+            return most
+        if len(self.running) == decoding and not self.waiting:
+            return decoding
+        return min(most, max(self.costs.most_tokens(decoding, most, self.decode_stretch), decoding + LEAST_CHUNK))
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        lacking = request.num_tokens - request.num_computed
+        if request.params.prompt_logprobs is not None:
+            budget = min(budget, self.max_logits_rows)
+        return min(lacking, budget)
+
+    def _admit(self) -> Request | None:
+        """The next waiting request with its first blocks, if there is room for it and all completions of its prompt."""
+        request = self.waiting.peek()
+        if request is None:
+            return None
+        seats = sum(1 + len(other.forks) for other in self.running)
+        if seats + 1 + len(request.forks) > self.max_num_seqs:
+            return None
+        spare = 1 if self.running else 0  # or the next token of one of them would take its blocks away at once
+        if not self.kv.admit(request, chunk=self.max_num_batched_tokens, spare=spare):
+            return None
+        self.waiting.remove(request)
+        self.running.append(request)
+        return request
+
+    def _run(self, request: Request, num_new: int, step: dict[Request, int], gone: set[Request]) -> None:
+        """Put `num_new` tokens of `request` into the step; for want of blocks, others or `request` itself are preempted."""
+        while not self.kv.grow(request, request.num_computed + num_new):
+            victim = max(self.running, key=self.waiting.rank)
+            step.pop(victim, None)
+            gone.add(victim)
+            self._preempt(victim)
             if victim is request:
-                return False
-        return True
+                return
+        step[request] = num_new
+
+    def _preempt(self, victim: Request) -> None:
+        self.running.remove(victim)
+        self.kv.release(victim)
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(victim)
+
+    def fork(self, parent: Request) -> list[Request]:
+        """The prompt of `parent` is computed: its other completions run as sequences of their own from here on."""
+        children, parent.forks = parent.forks, []
+        for child in children:
+            self.kv.fork(parent, child)
+            child.admitted = parent.admitted
+            self.running.append(child)
+        return children
 
     def finish(self, request: Request) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""
         if request in self.running:
             self.running.remove(request)
-        elif request in self.waiting:
+        else:
             self.waiting.remove(request)
-        self.pool.release(request)
+        self.kv.release(request)

@@ -17,8 +17,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import optc
-from optc.runtime.artifact import file_sha256
+from optc.runtime.artifact import file_sha256, open_artifact
+from optc.runtime.engine import Engine, EngineConfig
 from optc.runtime.manifest import Manifest, checksum_of, identity_of
+
+from .engine_cases import BLOCK, BLOCK_BYTES, greedy, run
 
 settings.register_profile("optc", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("optc")
@@ -149,6 +152,42 @@ def edit_manifest() -> Callable[..., None]:
         _write_json(path, content)
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def make(artifact: Path) -> Callable[..., Engine]:
+    """Makes an engine with that many blocks; one is made for each combination and used again."""
+    opened = open_artifact(artifact)
+    assert opened.manifest.memory.kv_bytes_per_token * BLOCK == BLOCK_BYTES
+    made: dict[tuple[object, ...], Engine] = {}
+
+    def make(blocks: int = 200, budget: int = 512, seqs: int = 64, **limits: Any) -> Engine:
+        key = (blocks, budget, seqs, *sorted(limits.items()))
+        if key not in made:
+            config = EngineConfig(
+                max_num_seqs=seqs, max_num_batched_tokens=budget, kv_cache_memory=blocks * BLOCK_BYTES, **limits
+            )
+            made[key] = Engine(opened, config)
+        engine = made[key]
+        assert not engine.has_work()
+        engine.reset_prefix_cache()
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(make: Callable[..., Engine]) -> Callable[..., list[int]]:
+    """The greedy tokens of a prompt that has an engine to itself."""
+    known: dict[tuple[int, ...], list[int]] = {}
+
+    def alone(prompt: list[int], count: int) -> list[int]:
+        key = tuple(prompt)
+        if len(known.get(key, [])) < count:
+            known[key] = run(make(), [(prompt, greedy(max(count, 24)))])[0].output_token_ids
+        return known[key][:count]
+
+    return alone
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -40,6 +40,7 @@ ONLY_IN = {
     "huggingface_hub": ("optimizer.checkpoint",),
     "peft": (),
     "triton": ("runtime.ops",),
+    "llguidance": ("runtime.grammar", "runtime.grammar_worker"),
     "fastapi": ("runtime.server",),
     "uvicorn": ("runtime.server",),
     "onnx": ("optimizer.lowering",),

@@ -1,0 +1,196 @@
+"""`AsyncEngine`: an artifact behind asyncio. One thread runs the engine, event loops read from it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..errors import ClosedError, RequestError
+from .llm import LLM, Message, Prompt, make_params
+from .params import SamplingParams
+from .reader import CompletionReader, RequestOutput
+from .request import Request
+from .stats import EngineStats
+
+logger = logging.getLogger("optc")
+DEFAULTS = {"decode_stretch": 2.0, "max_queued_requests": 1024}
+
+
+class AsyncEngine:
+    """A compiled model for services.
+
+        async with AsyncEngine("qwen3.optc") as engine:
+            async for output in engine.generate("Hello", max_tokens=32):
+                print(output.text, end="")
+
+    Any number of tasks, in any number of event loops and threads, may use one. Leaving the loop early, or cancelling the
+    task, ends the request and frees its blocks by the end of the step that runs. Make it after forking, not before.
+
+    Args:
+        path: artifact folder.
+        native, verify: as for `LLM`.
+        **limits: fields of `EngineConfig`. By default up to 1,024 requests wait, and prompts run in chunks that at most
+            double the time between two tokens of the others (`decode_stretch=2`).
+
+    Raises:
+        ArtifactError: the artifact is damaged or does not fit this machine.
+        UsageError: a limit that makes no sense.
+    """
+
+    def __init__(self, path: str | Path, *, native: bool = True, verify: bool = False, **limits: Any) -> None:
+        self.llm = LLM(path, native=native, verify=verify, **(DEFAULTS | limits))
+        self.engine = self.llm.engine
+        self._wake = threading.Condition()
+        self._readers: dict[Request, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
+        self._close_at: float | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="optc engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a daemon thread must not be inside a kernel when the interpreter goes
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread is there. `stats().seconds_since_step` tells whether it gets on."""
+        return self._failure is None and self._close_at is None and self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        """What the engine has done, and how it stands. Waits for the step that runs; see `asyncio.to_thread`."""
+        return self.engine.stats()
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete a prompt; what is new, as it comes.
+
+        A reader that takes its time gets more at once; nobody waits for it. Each of `n` completions ends with an output
+        that has a `finish_reason`; what goes wrong once a request was taken is in its `error`.
+
+        Args:
+            prompt: a text or a list of token ids.
+            params: how tokens are chosen.
+            **options: fields of `SamplingParams`, over those of `params`, and of `RequestOptions`.
+
+        Raises:
+            RequestError: a prompt or a parameter is wrong.
+            OverloadedError: the queue is full.
+            ClosedError: the engine was closed or has died.
+        """
+        chosen, treatment = make_params(params, options)
+        ids = self.llm.encode(prompt)
+        if chosen.echo:
+            raise RequestError("echo=True: a stream begins with the completion; the prompt is known")
+        self._check_open()
+        if chosen.structured is None:
+            request = self.engine.add(ids, chosen, treatment)
+        else:  # a grammar takes a while to compile
+            request = await asyncio.to_thread(self.engine.add, ids, chosen, treatment)
+        members = list(request.group)
+        try:
+            news = asyncio.Event()
+            for member in members:
+                self._readers[member] = (asyncio.get_running_loop(), news)
+            with self._wake:
+                self._wake.notify()
+            readers = [CompletionReader(member, self.llm.tokenizer, index) for index, member in enumerate(members)]
+            while True:
+                news.clear()  # before reading, or what comes meanwhile would be missed
+                for reader in readers:
+                    if (output := reader.read()) is not None:
+                        yield output
+                if all(reader.is_done for reader in readers):
+                    return
+                self._check_alive()
+                await news.wait()
+        finally:
+            for member in members:
+                self._readers.pop(member, None)
+            self.engine.abort(member for member in members if member.finish_reason is None)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answer a conversation through the model's chat template; as `generate`.
+
+        Raises:
+            RequestError: no chat template, or messages it refuses; and as `generate`.
+        """
+        prompt = self.llm.chat_prompt(messages, **(template_variables or {}))
+        return self.generate(prompt, params, **options)
+
+    def close(self, *, drain: float = 0.0) -> None:
+        """End the engine's thread. What runs or waits has `drain` seconds to finish, the rest ends with abort."""
+        with self._wake:
+            if self._close_at is not None:
+                return
+            self._close_at = time.monotonic() + drain
+            self._wake.notify()
+        self._thread.join()
+        self.llm.close()
+        self._tell(list(self._readers))
+        atexit.unregister(self.close)
+
+    def _check_open(self) -> None:
+        self._check_alive()
+        if self._close_at is not None:
+            raise ClosedError("the engine was closed")
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise ClosedError(f"the engine died: {self._failure}") from self._failure
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            while True:
+                with self._wake:
+                    while not self.engine.has_work() and self._close_at is None:
+                        self._wake.wait()
+                    if self._close_at is not None and (
+                        not self.engine.has_work() or time.monotonic() >= self._close_at
+                    ):
+                        break
+                self._tell(self.engine.step())
+        except BaseException as error:
+            logger.exception("the engine died")
+            self._failure = error
+            self._tell(list(self._readers))
+
+    def _tell(self, requests: Sequence[Request]) -> None:
+        """Wake the readers of requests: one call into each event loop, whatever their number."""
+        events: dict[asyncio.AbstractEventLoop, set[asyncio.Event]] = {}
+        for request in requests:
+            if (reader := self._readers.get(request)) is not None:
+                events.setdefault(reader[0], set()).add(reader[1])
+        for loop, news in events.items():
+            try:
+                loop.call_soon_threadsafe(_set_all, news)
+            except RuntimeError:  # the loop is closed: nobody reads any more
+                gone = [request for request, reader in list(self._readers.items()) if reader[0] is loop]
+                for request in gone:
+                    self._readers.pop(request, None)
+                self.engine.abort(gone)
+
+
+def _set_all(events: set[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

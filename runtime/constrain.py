@@ -1,0 +1,87 @@
+"""What a request needs besides tokens: its grammar, its stop strings, its bad words."""
+
+from __future__ import annotations
+
+import threading
+
+from ..errors import RequestError
+from .artifact import Artifact
+from .grammar import GrammarCompiler
+from .logits import Constraints, check_token_ids
+from .request import Request
+from .text import CompletionText
+from .tokenizer import Tokenizer
+
+
+class Constrainer:
+    """Prepares requests for an artifact's vocabulary. Threads may share it."""
+
+    def __init__(self, artifact: Artifact, tokenizer: Tokenizer | None) -> None:
+        self._artifact, self._tokenizer = artifact, tokenizer
+        self._vocab_size = artifact.manifest.model.vocab_size
+        self._end_ids = frozenset(artifact.manifest.eos_token_ids)
+        self._compiler: GrammarCompiler | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self, request: Request) -> Request:
+        """Fill in `end_ids`, `constraints` and `text` of a new request.
+
+        Raises:
+            RequestError: a token id out of range, bad words without tokens, a grammar that cannot be used, or something
+                that needs a tokenizer where the artifact has none.
+            UsageError: llguidance is not installed, and there is a grammar.
+        """
+        params = request.params
+        check_token_ids(params, self._vocab_size)
+        ends = frozenset(params.stop_token_ids)
+        request.end_ids = ends if params.ignore_eos else ends | self._end_ids
+        if params.stop:
+            request.text = CompletionText(
+                self._need_tokenizer("stop").detokenizer(request.prompt_token_ids),
+                tuple(params.stop),
+                include_stop=params.include_stop,
+                min_tokens=params.min_tokens,
+            )
+        if Constraints.are_wanted(params):
+            structured = params.structured
+            request.constraints = Constraints(
+                params,
+                request.prompt_token_ids,
+                end_ids=request.end_ids,
+                bad_words=self._bad_words(params.bad_words) if params.bad_words else (),
+                matcher=self._grammars().matcher(structured) if structured is not None else None,
+                vocab_size=self._vocab_size,
+            )
+        return request
+
+    def close(self) -> None:
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _bad_words(self, words: object) -> list[list[int]]:
+        tokenizer = self._need_tokenizer("bad_words")
+        found: list[list[int]] = []
+        for word in words:  # type: ignore[attr-defined]
+            forms = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+            if not forms[0]:
+                raise RequestError(f"bad_words: {word!r} has no tokens")
+            found += [ids for ids in forms if ids and ids not in found]
+        return found
+
+    def _grammars(self) -> GrammarCompiler:
+        self._need_tokenizer("structured output")
+        record = self._artifact.manifest.tokenizer
+        assert record is not None
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(
+                    self._artifact.file(record.tokenizer),
+                    vocab_size=self._vocab_size,
+                    end_ids=sorted(self._end_ids),
+                )
+            return self._compiler
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer, and the checkpoint of this artifact had none")
+        return self._tokenizer
