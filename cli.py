@@ -17,6 +17,7 @@ _COMMANDS = {
     "lm-eval": "optimizer",
     "export": "optimizer",
     "run": "runtime",
+    "bench": "runtime.bench",
     "inspect": "runtime",
 }
 
@@ -66,7 +67,7 @@ def main(debug: bool) -> None:
       optc compile ./my-llama --int4 --calibration texts/ --eval heldout.txt
       optc eval my.optc --text heldout.txt --against ./my-llama
       optc run my.optc -p "def main("
-      optc eval my.optc --text heldout.txt --against ./my-llama
+      optc bench my.optc serve --rate 4 --slo ttft:500ms,tpot:50ms
       optc inspect my.optc
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate (an accuracy budget, or the numeric check of a

@@ -7,7 +7,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,7 +74,7 @@ class AsyncEngine:
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; what is new, as it comes.
 
         A reader that takes its time gets more at once; nobody waits for it. Each of `n` completions ends with an output
@@ -128,7 +128,7 @@ class AsyncEngine:
         *,
         template_variables: Mapping[str, object] | None = None,
         **options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation through the model's chat template; as `generate`.
 
         Raises:

@@ -220,6 +220,8 @@ class Engine:
         with self._lock:
             started = time.perf_counter()
             changed = self._open_inbox()
+            if self._num_timed:
+                changed += self._end_late()
             step = self.scheduler.schedule()
             if step:
                 try:
@@ -235,7 +237,7 @@ class Engine:
             return changed
 
     def _open_inbox(self) -> list[Request]:
-        """Queue what came, drop what was aborted, end what is late; those that ended."""
+        """Queue what came and drop what was aborted; that."""
         ended: list[Request] = []
         while self._inbox:
             request = self._inbox.popleft()
@@ -243,15 +245,17 @@ class Engine:
             self.queue.push(request)
             self._num_timed += _is_timed(request)
         while self._aborted:
-            request = self._aborted.popleft()
-            if request.finish_reason is None:
-                ended += self._finish(request, "abort")
-        if self._num_timed:
-            now = time.monotonic()
-            for request in [*self.scheduler.running, *self.queue]:
-                if late := _late(request, now):
-                    for member in [request, *request.forks]:
-                        ended += self._finish(member, "timeout", DeadlineError(late))
+            ended += self._finish(self._aborted.popleft(), "abort")
+        return ended
+
+    def _end_late(self) -> list[Request]:
+        """End the requests whose time is up."""
+        ended: list[Request] = []
+        now = time.monotonic()
+        for request in [*self.scheduler.running, *self.queue]:
+            if late := _late(request, now):
+                for member in [request, *request.forks]:
+                    ended += self._finish(member, "timeout", DeadlineError(late))
         return ended
 
     def _run(self, step: Sequence[Scheduled]) -> list[Request]:

@@ -163,15 +163,13 @@ def make(artifact: Path) -> Callable[..., Engine]:
 
     def make(blocks: int = 200, budget: int = 512, seqs: int = 64, **limits: Any) -> Engine:
         key = (blocks, budget, seqs, *sorted(limits.items()))
-        if key not in made:
+        if key not in made or made[key].has_work():  # a test that failed leaves work
             config = EngineConfig(
                 max_num_seqs=seqs, max_num_batched_tokens=budget, kv_cache_memory=blocks * BLOCK_BYTES, **limits
             )
             made[key] = Engine(opened, config)
-        engine = made[key]
-        assert not engine.has_work()
-        engine.reset_prefix_cache()
-        return engine
+        made[key].reset_prefix_cache()
+        return made[key]
 
     return make
 

@@ -1,0 +1,1 @@
+"""`optc bench`: the speed of an artifact, by the field's figures."""
