@@ -43,11 +43,11 @@ class Engine(Protocol):
         """Logits f32[n, V] of a sequence [n]."""
 
 
-def serve(engine: Engine) -> None:
-    """Answer commands, which are the methods of `Commands`, until standard input ends."""
+def serve(engine: Any, commands: Any = None) -> None:
+    """Answer commands, which are the methods of `commands`, by default `Commands(engine)`, until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    commands = Commands(engine)
+    commands = commands or Commands(engine)
 
     def answer(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)

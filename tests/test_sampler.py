@@ -20,8 +20,10 @@ def request(seed: int = 0, length: int = 3, **options: object) -> Request:
     return Request(0, [1], SamplingParams(**options), seed, [1] * length)  # type: ignore[arg-type]
 
 
-def reference(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
-    """The textbook: soften, keep the k most likely, keep the nucleus, normalise. In Python, in double precision."""
+def reference(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> list[float]:
+    """The textbook: soften, keep the k most likely, keep the nucleus, drop the unlikely, normalise. In double precision."""
     weights = [math.exp(value / temperature) for value in logits.tolist()]
     order = sorted(range(len(weights)), key=lambda token: -weights[token])
     kept = order[: top_k or None]
@@ -32,6 +34,7 @@ def reference(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
             break
         nucleus.append(token)
         mass += weights[token] / total
+    nucleus = [token for token in nucleus if weights[token] >= min_p * max(weights)]
     total = sum(weights[token] for token in nucleus)
     return [weights[token] / total if token in nucleus else 0.0 for token in range(len(weights))]
 
@@ -58,6 +61,10 @@ def p_value(counts: list[int], expected: list[float]) -> float:
         {"temperature": 1.0, "top_p": 0.8},
         {"temperature": 1.0, "top_p": 1e-6},
         {"temperature": 2.0, "top_k": 5, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.0, "min_p": 1.0},
+        {"temperature": 3.0, "top_p": 0.8, "min_p": 0.4},
+        {"temperature": 3.0, "top_k": 6, "top_p": 0.9, "min_p": 0.3},
     ],
     ids=str,
 )
@@ -74,6 +81,22 @@ def test_distribution(options: dict[str, float], over: str) -> None:
     expected = reference(logits, **options)  # type: ignore[arg-type]
     assert all(count == 0 for count, p in zip(counts, expected, strict=True) if p == 0)
     assert p_value(counts, expected) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 700}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_p": 0.5, "min_p": 0.01}], ids=str)
+def test_distribution_over_many_tokens(options: dict[str, float]) -> None:
+    """More tokens than are sorted or summed up at once; they are counted in cells of like probability."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(5))
+    draws = 6000
+    tokens = sample(logits.repeat(draws, 1), [request(seed=n, temperature=1.0, **options) for n in range(draws)])
+    expected = torch.tensor(reference(logits, **options))  # type: ignore[arg-type]
+    assert (expected[torch.tensor(tokens)] > 0).all()
+    cells = torch.empty(3000, dtype=torch.long)
+    cells[expected.argsort(stable=True)] = torch.arange(3000) * 40 // 3000
+    counts = torch.zeros(40).index_add_(0, cells[torch.tensor(tokens)], torch.ones(draws))
+    masses = torch.zeros(40, dtype=torch.float64).index_add_(0, cells, expected.double())
+    keep = masses * draws > 5
+    assert p_value([int(n) for n in counts[keep]], (masses[keep] / masses[keep].sum()).tolist()) > 1e-3
 
 
 @given(
