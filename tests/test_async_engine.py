@@ -128,7 +128,9 @@ def test_a_slow_reader_holds_up_nobody(engine: AsyncEngine) -> None:
     async def main() -> None:
         slow = engine.generate([5, 6], max_tokens=100, ignore_eos=True)
         first = await anext(slow)
-        others = await asyncio.gather(*(read(engine.generate([n], max_tokens=50, ignore_eos=True)) for n in range(3, 9)))
+        others = await asyncio.gather(
+            *(read(engine.generate([n], max_tokens=50, ignore_eos=True)) for n in range(3, 9))
+        )
         assert all(len(joined(other[0])[1]) == 50 for other in others)
         await settle(engine)  # also the slow one has run to its end
         rest = [output async for output in slow]

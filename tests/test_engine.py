@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optc.errors import ExecutionError, RequestError, UsageError
+from optc.errors import RequestError, UsageError
 from optc.runtime import LLM, SamplingParams, kv_memory
 from optc.runtime.artifact import open_artifact
 from optc.runtime.engine import Engine, EngineConfig

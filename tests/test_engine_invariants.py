@@ -67,9 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         client=st.sampled_from("ab"),
         timeout=st.sampled_from([None, None, None, 1e-6]),
     )
-    def add(
-        self, prompt: list[int], params: SamplingParams, priority: int, client: str, timeout: float | None
-    ) -> None:
+    def add(self, prompt: list[int], params: SamplingParams, priority: int, client: str, timeout: float | None) -> None:
         options = RequestOptions(priority=priority, client=client, timeout=timeout)
         try:
             request = self.engine.add(prompt, params, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -133,7 +134,7 @@ def test_preemption_keeps_the_grammar(artifact: Path) -> None:
         ({"regex": "(?=x)"}, "look-around"),
         ({"grammar": "start: foo"}, "foo"),
         ({"grammar": "not a grammar"}, "grammar"),
-        ({"grammar": 'root ::= foo'}, "grammar"),
+        ({"grammar": "root ::= foo"}, "grammar"),
     ],
     ids=str,
 )
@@ -179,10 +180,8 @@ def test_deep_and_long_schemas(compiler: GrammarCompiler) -> None:
 @pytest.mark.parametrize("pattern", ["(a+)+b", "a{1,99999}", "((a{1,300}){1,300}){1,300}"])
 def test_expensive_patterns_are_quick_or_refused(pattern: str, compiler: GrammarCompiler) -> None:
     started = time.monotonic()
-    try:
+    with contextlib.suppress(RequestError):
         compiler.matcher(StructuredOutput(regex=pattern)).allowed(VOCAB)
-    except RequestError:
-        pass
     assert time.monotonic() - started < 2 * grammar_module.DEADLINE
 
 

@@ -50,7 +50,7 @@ def test_a_prompt_that_was_computed_is_found() -> None:
     kv = manager()
     a = admitted(kv, request(list(range(10))))
     compute(kv, a)
-    b = admitted(kv, request(list(range(9)) + [77], 1))
+    b = admitted(kv, request([*list(range(9)), 77], 1))
     assert b.blocks[:2] == a.blocks[:2] and b.num_cached == b.num_computed == 8
     kv.pool.check([a.blocks, b.blocks])
     kv.release(a)

@@ -16,6 +16,7 @@ from optc.runtime import LLM
 
 from .engine_cases import VOCAB, check_empty
 
+
 @pytest.fixture(scope="session")
 def llm(artifact: Path) -> LLM:
     return LLM(artifact)
@@ -157,5 +158,3 @@ def test_odd_prompts(prompt: Any, artifact: Path) -> None:
     else:
         with pytest.raises(RequestError):
             llm.generate(prompt, max_tokens=2)
-
-

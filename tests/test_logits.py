@@ -132,7 +132,9 @@ def test_nothing_allowed_is_an_error_of_that_request_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}, {"logprobs": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}, {"logprobs": 2}], ids=str
+)
 def test_logits_that_are_no_numbers_fail_their_request(value: float, options: dict[str, Any]) -> None:
     logits = torch.randn(3, SIZE)
     logits[1, 4] = value
@@ -152,7 +154,10 @@ def test_an_engine_keeps_them(make: Callable[..., Engine], alone: Callable[..., 
         (greedy(12, logit_bias={11: 100}), lambda ids: ids == [11] * 12),
         (greedy(12, frequency_penalty=2, presence_penalty=2), lambda ids: len(set(ids)) > 8),
         (SamplingParams(max_tokens=12, logit_bias={1: 100}), lambda ids: ids == [1]),
-        (SamplingParams(max_tokens=12, logit_bias={1: 100}, min_tokens=5), lambda ids: len(ids) == 6 and 1 not in ids[:5]),
+        (
+            SamplingParams(max_tokens=12, logit_bias={1: 100}, min_tokens=5),
+            lambda ids: len(ids) == 6 and 1 not in ids[:5],
+        ),
         (SamplingParams(max_tokens=12, logit_bias={11: 100}, stop_token_ids=[11]), lambda ids: ids == [11]),
     ]
     requests = run(engine, [([9, 8, 7], params) for params, _ in cases])

@@ -83,7 +83,9 @@ def test_distribution(options: dict[str, float], over: str) -> None:
     assert p_value(counts, expected) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 700}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_p": 0.5, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 700}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_p": 0.5, "min_p": 0.01}], ids=str
+)
 def test_distribution_over_many_tokens(options: dict[str, float]) -> None:
     """More tokens than are sorted or summed up at once; they are counted in cells of like probability."""
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(5))

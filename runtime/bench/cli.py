@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from .workload import Task
 
 Command = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class _Target:
-    artifact: Path
-    native: bool
-    limits: dict[str, Any]
 
 
 class _ByteSize(click.ParamType[int]):
@@ -55,15 +48,8 @@ BYTES = _ByteSize()
 
 @click.group("bench", short_help="Measure the speed of an artifact.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--no-native", is_flag=True, help="Load no native code: only data, run by known ops.")
-@click.option("--max-num-seqs", type=click.IntRange(1), default=64, show_default=True, help="Sequences in a step.")
-@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True, help="In a step.")
-@click.option("--kv-cache-memory", type=BYTES, help="Such as 4GiB.  [default: up to a quarter of what is free]")
-@click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt from its beginning.")
 @click.pass_context
-def bench_command(
-    ctx: click.Context, /, artifact: Path, no_native: bool, no_prefix_caching: bool, **limits: Any
-) -> None:
+def bench_command(ctx: click.Context, /, artifact: Path) -> None:
     """Measure ARTIFACT: the latency of a batch, the throughput of many requests, or a service.
 
     \b
@@ -72,7 +58,32 @@ def bench_command(
       optc bench my.optc throughput --requests 64 --input-len 16-200 --output-len 32-128
       optc bench my.optc serve --rate 4 --slo ttft:500ms,tpot:50ms --json out.json --plot out.png
     """
-    ctx.obj = _Target(artifact, not no_native, limits | {"prefix_caching": not no_prefix_caching})
+    ctx.obj = artifact
+
+
+def _engine_options(command: Command) -> Command:
+    """Options of the engine, which the command gets as `engine`, keyword arguments of `LLM`."""
+    options: list[Callable[[Command], Command]] = [
+        click.option("--max-num-seqs", type=click.IntRange(1), default=64, show_default=True, help="In a step."),
+        click.option(
+            "--max-num-batched-tokens", type=click.IntRange(1), default=512, show_default=True, help="In a step."
+        ),
+        click.option("--kv-cache-memory", type=BYTES, help="Such as 4GiB.  [default: up to a quarter of what is free]"),
+        click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt from its beginning."),
+        click.option("--no-native", is_flag=True, help="Load no native code: only data, run by known ops."),
+    ]
+
+    @wraps(command)
+    def gathered(*arguments: Any, no_prefix_caching: bool, no_native: bool, **options: Any) -> Any:
+        names = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory")
+        engine = {name: options.pop(name) for name in names}
+        engine |= {"prefix_caching": not no_prefix_caching, "native": not no_native}
+        return command(*arguments, engine=engine, **options)
+
+    found: Command = gathered
+    for option in reversed(options):
+        found = option(found)
+    return found
 
 
 def _workload_options(command: Command) -> Command:
@@ -106,9 +117,11 @@ def _request_options(command: Command) -> Command:
 @click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Rounds that do not count.")
 @_workload_options
 @click.pass_obj
+@_engine_options
 def _latency(
-    target: _Target,
+    artifact: Path,
     /,
+    engine: dict[str, Any],
     batch: int,
     rounds: int,
     warmup: int,
@@ -122,7 +135,7 @@ def _latency(
     from . import drive, workload
 
     lengths = workload.Lengths.parse(input_len), workload.Lengths.parse(output_len)
-    with LLM(target.artifact, native=target.native, **target.limits) as llm:
+    with LLM(artifact, **engine) as llm:
         tasks = workload.synthetic(batch, *lengths, vocab_size=llm.manifest.model.vocab_size, seed=seed)
         drive.check_fit(tasks, llm.manifest.model.max_model_len)
         _report("latency", llm.manifest, drive.latency(llm, tasks, rounds=rounds, warmup=warmup), json_file)
@@ -131,12 +144,13 @@ def _latency(
 @bench_command.command("throughput")
 @_request_options
 @click.pass_obj
-def _throughput(target: _Target, /, json_file: Path | None, **options: Any) -> None:
+@_engine_options
+def _throughput(artifact: Path, /, engine: dict[str, Any], json_file: Path | None, **options: Any) -> None:
     """Run many requests at once, as fast as they go."""
     from ..llm import LLM
     from . import drive
 
-    with LLM(target.artifact, native=target.native, **target.limits) as llm:
+    with LLM(artifact, **engine) as llm:
         tasks = _tasks(llm.manifest, llm.tokenizer, **options)
         with _progress(len(tasks)) as advance:
             figures = drive.throughput(llm, tasks, on_request=advance)
@@ -158,9 +172,11 @@ def _throughput(target: _Target, /, json_file: Path | None, **options: Any) -> N
 @click.option("--plot", type=click.Path(path_type=Path), help="Write distributions of the times here, as PNG.")
 @_request_options
 @click.pass_obj
+@_engine_options
 def _serve(
-    target: _Target,
+    artifact: Path,
     /,
+    engine: dict[str, Any],
     rate: float | None,
     burstiness: float,
     concurrency: int | None,
@@ -176,19 +192,19 @@ def _serve(
     from . import drive, workload
     from .figures import parse_slo
 
-    limits = parse_slo(slo) if slo else {}
+    wanted = parse_slo(slo) if slo else {}
     if plot is not None:
         _need_matplotlib()
 
     async def run() -> tuple[Manifest, dict[str, Any], list[Served]]:
-        settings = target.limits | {"decode_stretch": decode_stretch, "max_queued_requests": None}
-        async with AsyncEngine(target.artifact, native=target.native, **settings) as engine:
-            manifest = engine.llm.manifest
-            tasks = _tasks(manifest, engine.llm.tokenizer, seed=seed, **options)
+        limits = engine | {"decode_stretch": decode_stretch, "max_queued_requests": None}
+        async with AsyncEngine(artifact, **limits) as running:
+            manifest = running.llm.manifest
+            tasks = _tasks(manifest, running.llm.tokenizer, seed=seed, **options)
             times = workload.arrival_times(len(tasks), rate=rate, burstiness=burstiness, seed=seed)
             with _progress(len(tasks)) as advance:
                 figures, served = await drive.serve(
-                    engine, tasks, times, concurrency=concurrency, slo=limits, on_request=advance
+                    running, tasks, times, concurrency=concurrency, slo=wanted, on_request=advance
                 )
             return manifest, figures, served
 
