@@ -80,7 +80,7 @@ class Percentage(click.ParamType[float]):
 @click.option("--eval", "evaluate", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to measure the artifact on, against MODEL in float32; see `optc eval`.")  # fmt: skip
 @click.option(
-    "--block-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Tokens a KV-cache block holds."
+    "--block-size", type=click.IntRange(1, 1024), default=8, show_default=True, help="Tokens a KV-cache block holds."
 )
 @click.option(
     "--max-model-len", type=click.IntRange(2), help="Most tokens of a sequence.  [default: the model's limit]"

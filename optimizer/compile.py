@@ -55,7 +55,7 @@ def compile(
     force: bool = False,
     dump: str | Path | None = None,
     verify: bool = True,
-    block_size: int = 32,
+    block_size: int = 8,
     max_model_len: int | None = None,
     example_inputs: tuple[Tensor, Tensor] | None = None,
     progress: Progress | None = None,

@@ -56,7 +56,7 @@ class CompileConfig:
     force: bool = False
     dump: Path | None = None
     verify: bool = True
-    block_size: int = 32
+    block_size: int = 8
     max_model_len: int | None = None
 
     @property

@@ -197,7 +197,7 @@ def test_a_worker_that_takes_too_long_is_killed_and_started_again(llm: LLM) -> N
 
         worker.send_signal(signal.SIGSTOP)  # stands for a compilation that does not end
         started = time.monotonic()
-        with pytest.raises(RequestError, match="longer than 0.5 s"):
+        with pytest.raises(RequestError, match=r"longer than 0\.5 s"):
             compiler.matcher(StructuredOutput(regex="b"))
         assert time.monotonic() - started < 3
         assert worker.poll() is not None, "killed"

@@ -2,12 +2,14 @@
 //
 // Whether the processor has AMX, and the system lets this process use it, is probed at run time: a library for
 // AVX512-BF16, which every processor with AMX has, uses it where it is. The sums are the same integers as without.
-// OPTC_AMX_IN_SOFTWARE builds the tiles in plain C++, for tests on other processors.
+// OPTC_AMX_IN_SOFTWARE builds the tiles in plain C++, for tests on other processors, and counts their products.
 #pragma once
 
 #include "panel.h"
 
-#if defined(__AVX512BF16__) && !defined(OPTC_AMX_IN_SOFTWARE)
+#if defined(OPTC_AMX_IN_SOFTWARE)
+#include <atomic>
+#elif defined(__AVX512BF16__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -51,6 +53,7 @@ struct Tiles {
   uint8_t data[8][kTileRows][kTileBytes];
 };
 inline thread_local Tiles tiles;
+inline std::atomic<int64_t> products{0};
 
 inline bool available() { return true; }
 inline void begin(const Shapes& shapes) { tiles.shapes = shapes; }
@@ -69,6 +72,7 @@ inline void store(int tile, void* to, int64_t stride) {
 }
 
 inline void multiply(int sums, int x, int panel) {
+  products++;
   for (int row = 0; row < tiles.shapes.rows[sums]; row++)
     for (int output = 0; output < tiles.shapes.row_bytes[sums] / 4; output++) {
       int32_t sum;
@@ -79,6 +83,9 @@ inline void multiply(int sums, int x, int panel) {
       std::memcpy(place, &sum, sizeof sum);
     }
 }
+
+// For tests, which see by it whether tiles were reached.
+extern "C" __attribute__((visibility("default"), used)) inline int64_t optc_tile_products() { return products; }
 
 #define OPTC_TILES
 #define OPTC_TILE_ZERO zero

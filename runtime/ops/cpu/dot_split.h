@@ -114,12 +114,12 @@ class DotSplit {
 
   void prefetch_keys(const KeyRows<Key>& next, int64_t first) const {
     for (int64_t j = first; j < std::min(first + kLanes, next.count); j++)
-      prefetch_bytes(next.keys[j], p_.k_dim * sizeof(Key));
+      fetch(next.keys[j], p_.k_dim * sizeof(Key));
   }
 
   void prefetch_values(const KeyRows<Key>& next, int64_t first, int64_t count) const {
     for (int64_t j = first; j < std::min(first + count, next.count); j++)
-      prefetch_bytes(next.values[j], p_.v_dim * sizeof(Key));
+      fetch(next.values[j], p_.v_dim * sizeof(Key));
   }
 
   template <int M>

@@ -74,10 +74,9 @@ class Worker {
 
  private:
   static char* memory(const Problem<T, Key>& problem) {
-    static thread_local Scratch scratch;
     Carver size;
     const Worker counted(problem, size);
-    return scratch.reserve(size.used());
+    return scratch<char, 0>(size.used());
   }
 
   Worker(const Problem<T, Key>& problem, char* memory) : Worker(problem, Carver(memory)) {}

@@ -53,8 +53,8 @@ class FloatSplit {
   void pack(const KeyRows<Key>& rows, int64_t first, int64_t count, const KeyRows<Key>& next, int64_t next_first) {
     for (int64_t j = 0; j < count; j++) {
       if (next_first + j < next.count) {
-        prefetch_bytes(next.keys[next_first + j], p_.k_dim * sizeof(Key));
-        prefetch_bytes(next.values[next_first + j], p_.v_dim * sizeof(Key));
+        fetch(next.keys[next_first + j], p_.k_dim * sizeof(Key));
+        fetch(next.values[next_first + j], p_.v_dim * sizeof(Key));
       }
       float* to = values_ + j * width_;
       if constexpr (kIsCode<Key>)

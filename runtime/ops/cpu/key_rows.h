@@ -19,11 +19,6 @@ struct KeyRows {
   Run runs[kIsCode<Key> ? kSplitKeys : 1];
 };
 
-// Into the second-level cache: what is on its way to the first holds the entries that this split's own loads need.
-inline void prefetch_bytes(const void* at, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
-}
-
 // Finds the rows of a split. Past the last one it is repeated up to a multiple of 16, so that whole vectors of keys are
 // there to read; whatever they hold is hidden later.
 template <typename T, typename Key>
@@ -65,8 +60,8 @@ void find_rows(const Problem<T, Key>& p, const Item& item, int64_t split, KeyRow
 template <typename Key>
 void prefetch_scales(const KeyRows<Key>& rows) {
   for (int64_t i = 0; i < rows.run_count; i++) {
-    prefetch_bytes(rows.runs[i].key_scales, rows.runs[i].count * kScaleBytes);
-    prefetch_bytes(rows.runs[i].value_scales, rows.runs[i].count * kScaleBytes);
+    fetch(rows.runs[i].key_scales, rows.runs[i].count * kScaleBytes);
+    fetch(rows.runs[i].value_scales, rows.runs[i].count * kScaleBytes);
   }
 }
 

@@ -8,27 +8,9 @@
 #include "panel.h"
 #include "quantized.h"
 #include "rounding.h"
+#include "scratch.h"
 
 namespace optc {
-
-// Memory of a thread that stays between calls: fresh pages cost more than a small decode step.
-template <typename T, int kUse>
-inline T* scratch(size_t count) {
-  struct Memory {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  const size_t size = round_up(count * sizeof(T) + 64, 64);
-  if (size > memory.size) {
-    std::free(memory.data);
-    memory.data = std::aligned_alloc(64, size);
-    memory.size = memory.data ? size : 0;
-    check(memory.data != nullptr, "out of memory");
-  }
-  return static_cast<T*>(memory.data);
-}
 
 // A weight [outputs, columns] as the module docstring of packed.py describes it.
 class PackedWeight {

@@ -22,12 +22,6 @@ constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 4 : 2;  // of x that are
 constexpr int kFewRows = kLanes == 16 ? 4 : 1;                  // the sums of all units must fit them as well
 constexpr int kFewFloatRows = kLanes == 16 ? 8 : 2;             // numbers made of codes must fit beside the sums
 
-// Memory that is needed soon, into the second-level cache: what is on its way to the first holds the entries that loads
-// of the meantime need.
-inline void fetch(const void* at, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
-}
-
 inline Vec fmadd(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -169,17 +163,21 @@ struct FloatStream {
 };
 
 #ifdef __AVX512BF16__
+// Adds the products of two columns, as pairs of bfloat16 of the outputs of both registers, with the words x[M].
+template <int M>
+OPTC_INLINE void add_pairs(IntVec one, IntVec two, const int32_t* x, Sums<M, Vec>& sums) {
+  sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
+    const IntVec value = splat_int(x[m]);
+    a = dot2(a, one, value), b = dot2(b, two, value);
+  });
+}
+
 // Of bfloat16 numbers in runs of two columns:
 struct PairStream {
   template <int M>
   static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, int, Sums<M, Vec>& sums) {
-    for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M) {
-      const IntVec first = load_ints(w), second = load_ints(w + 64);
-      sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
-        const IntVec value = splat_int(x[m]);
-        a = dot2(a, first, value), b = dot2(b, second, value);
-      });
-    }
+    for (int64_t k = 0; k < columns; k += 2, w += 4 * kPanel, x += M)
+      add_pairs<M>(load_ints(w), load_ints(w + 4 * kLanes), x, sums);
   }
 };
 #endif
@@ -278,13 +276,8 @@ struct CodesAsPairs {
     for (int64_t k = 0; k < columns; k += kRun, w += run_bytes(store), x += kRun / 2 * M) {
       const BitsVec first = (BitsVec)load_ints(w), second = (BitsVec)load_ints(w + 4 * kLanes);
 #pragma GCC unroll 4
-      for (int j = 0; j < kRun; j += 2) {
-        const IntVec one = code_pair<store>(first, j, less), two = code_pair<store>(second, j, next_less);
-        sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
-          const IntVec value = splat_int(x[j / 2 * M + m]);
-          a = dot2(a, one, value), b = dot2(b, two, value);
-        });
-      }
+      for (int j = 0; j < kRun; j += 2)
+        add_pairs<M>(code_pair<store>(first, j, less), code_pair<store>(second, j, next_less), x + j / 2 * M, sums);
     }
   }
 };
@@ -323,11 +316,7 @@ struct SignedNibblesAsPairs {
       IntVec one[4], two[4];
       table.pairs(load_ints(w), one), table.pairs(load_ints(w + 4 * kLanes), two);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++)
-        sums.each([&](int m, Vec& a, Vec& b) OPTC_LAMBDA {
-          const IntVec value = splat_int(x[j * M + m]);
-          a = dot2(a, one[j], value), b = dot2(b, two[j], value);
-        });
+      for (int j = 0; j < 4; j++) add_pairs<M>(one[j], two[j], x + j * M, sums);
     }
   }
 };

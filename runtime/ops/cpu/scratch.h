@@ -30,6 +30,14 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// An array of this thread for one use: the next call for the same type and use may give the same memory. Vectors may read a
+// little past its end.
+template <typename T, int kUse>
+inline T* scratch(size_t count) {
+  static thread_local Scratch memory;
+  return reinterpret_cast<T*>(memory.reserve(count * sizeof(T) + kCacheLine));
+}
+
 // Cuts memory into aligned arrays. Over no memory it only counts.
 class Carver {
  public:

@@ -35,6 +35,12 @@ typedef uint32_t BitsVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBitsVec __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
+// Memory that is needed soon, into the second-level cache: what is on its way to the first holds the entries that loads
+// of the meantime need.
+inline void fetch(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline Vec splat(float x) { return x - Vec{}; }  // not Vec{} + x, which would turn -0 into 0
