@@ -1,4 +1,4 @@
-"""optc side by side with llama.cpp, OpenVINO GenAI and transformers on this processor: speed, and accuracy beside it.
+"""optc side by side with llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers on this processor, speed and accuracy.
 
     python -m venv PEERS       # the peers have an environment of their own
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" PEERS/bin/pip install -r benchmarks/requirements-peers.txt

@@ -33,7 +33,7 @@ class EngineSpec:
 
     Attributes:
         name: what the tables call it.
-        kind: `optc`, `llama.cpp`, `openvino`, `eager` or `compiled`.
+        kind: `optc`, `llama.cpp`, `openvino`, `onnx`, `eager` or `compiled`.
         weights: the format in its own vocabulary.
         kv8: whether it can store keys and values in 8 bits, and how: `always`, `option` or `no`.
     """
@@ -46,7 +46,7 @@ class EngineSpec:
     @property
     def is_peer(self) -> bool:
         """Whether it runs in the environment of the peers."""
-        return self.kind in ("llama.cpp", "openvino")
+        return self.kind in ("llama.cpp", "openvino", "onnx")
 
 
 ENGINES: dict[str, tuple[EngineSpec, ...]] = {
@@ -54,17 +54,20 @@ ENGINES: dict[str, tuple[EngineSpec, ...]] = {
         EngineSpec("optc", "optc", "int4", "option"),
         EngineSpec("llama.cpp Q4_0", "llama.cpp", "Q4_0", "option"),
         EngineSpec("OpenVINO int4", "openvino", "int4", "always"),
+        EngineSpec("ONNX Runtime GenAI int4", "onnx", "int4"),
     ),
     "int8": (
         EngineSpec("optc", "optc", "int8", "option"),
         EngineSpec("llama.cpp Q8_0", "llama.cpp", "Q8_0", "option"),
         EngineSpec("OpenVINO int8", "openvino", "int8", "always"),
+        EngineSpec("ONNX Runtime GenAI int8", "onnx", "int8"),
     ),
     "bf16": (
         EngineSpec("optc", "optc", "bf16", "option"),
         EngineSpec("llama.cpp BF16", "llama.cpp", "BF16", "option"),
         EngineSpec("llama.cpp F16", "llama.cpp", "F16", "option"),
         EngineSpec("OpenVINO bf16", "openvino", "bf16", "always"),
+        EngineSpec("ONNX Runtime GenAI fp32", "onnx", "fp32"),  # has no 16-bit form for processors
         EngineSpec("transformers", "eager", "bf16"),
         EngineSpec("transformers, compiled", "compiled", "bf16"),
     ),
@@ -116,6 +119,9 @@ class Models:
             case "openvino":
                 python = self._need("openvino_genai")
                 return [python, str(HERE / "cpu_peers.py"), "openvino", str(self._ir(python, checkpoint, spec.weights))]
+            case "onnx":
+                python = self._need("onnxruntime_genai")
+                return [python, str(HERE / "cpu_peers_onnx.py"), str(self._onnx(python, checkpoint, spec.weights))]
             case _:
                 return [*ours, spec.kind, str(checkpoint)]
 
@@ -158,13 +164,32 @@ class Models:
     def _ir(self, python: str, checkpoint: Path, weights: str) -> Path:
         path = self.work / f"{checkpoint.name}-{weights}-openvino"
         if not path.exists():
-            partial = path.with_name(f"{path.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = self._partial(path)
             tokenizer = checkpoint if (checkpoint / "tokenizer.json").exists() else TINY
             script = [python, str(HERE / "openvino_model.py"), str(checkpoint), str(partial), "--weights", weights]
             self._run([*script, "--tokenizer", str(tokenizer)])
             partial.rename(path)
         return path
+
+    def _onnx(self, python: str, checkpoint: Path, weights: str) -> Path:
+        """By ONNX Runtime GenAI's model builder, without data: symmetric codes in blocks of 32, the output layer too."""
+        path = self.work / f"{checkpoint.name}-{weights}-onnx"
+        if not path.exists():
+            partial = self._partial(path)
+            builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(partial)]
+            # Activations in 8 bits, as in llama.cpp; logits of the last token only, as every engine computes them.
+            coding = [] if weights == "fp32" else ["block_size=32", "accuracy_level=4", "is_symmetric=true"]
+            options = [*coding, "prune_lm_head=true", "hf_token=false"]
+            self._run([*builder, "-p", weights, "-e", "cpu", "-c", str(partial), "--extra_options", *options])
+            partial.rename(path)
+        return path
+
+    @staticmethod
+    def _partial(path: Path) -> Path:
+        """Where a folder is made until it is whole; nothing is there."""
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        return partial
 
     def _run(self, command: list[str]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)

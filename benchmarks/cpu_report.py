@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
-COLOURS = {"optc": "#c0392b", "llama.cpp": "#2980b9", "OpenVINO": "#8e44ad", "transformers": "#7f8c8d"}
+COLOURS = {
+    "optc": "#c0392b", "llama.cpp": "#2980b9", "OpenVINO": "#8e44ad", "ONNX Runtime": "#27ae60", "transformers": "#7f8c8d"
+}  # fmt: skip
 console = Console(width=150)
 
 

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import ClosedError, DeadlineError, ExecutionError, OptcError, OverloadedError, RequestError, UsageError
@@ -300,9 +299,8 @@ class Engine:
             if count is None or not inner:
                 found.append([])
             else:
-                logprobs = torch.log_softmax(logits[row : row + len(inner)], -1)
                 targets = [request.prompt_token_ids[position + 1] for position in inner]
-                found.append(report_logprobs(logprobs, targets, [count] * len(inner)))
+                found.append(report_logprobs(logits[row : row + len(inner)].numpy(), targets, [count] * len(inner)))
             row += len(positions)
         return found
 

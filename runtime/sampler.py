@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import ExecutionError, OptcError, RequestError
 from .logits import penalize
 from .request import Logprobs, Request
 
+# All of this is NumPy on one thread: a parallel region of PyTorch costs more than a row of logits, and its threads would
+# take the cores from the kernels'.
 _COLDEST = 1e-6  # a temperature that divides logits without leaving the range of float32
-_CANDIDATES = 256  # how many of the likeliest tokens are sorted first, to find a nucleus among them
 _BLOCK = 128  # tokens whose probabilities are summed up together
+_CUTS = (
+    1.0,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    8.0,
+    12.0,
+    16.0,
+    32.0,
+    math.inf,
+)  # how far below the largest logit candidates are looked for, until there are enough
 
 
 def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None) -> list[int | OptcError]:
@@ -31,13 +44,13 @@ def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | No
         A token id for each request, or why it has none. It depends on its row, the request's parameters, seed and tokens,
         and on nothing else.
     """
-    if rows is not None:
-        logits = logits[torch.tensor(rows)]
-    reporting = [number for number, request in enumerate(requests) if request.params.logprobs is not None]
-    reported = torch.log_softmax(logits[torch.tensor(reporting)], -1) if reporting else None
     table = logits.numpy()
+    if rows is not None:
+        table = table[rows]
+    reporting = [number for number, request in enumerate(requests) if request.params.logprobs is not None]
+    reported = table[reporting] if reporting else None
     _constrain(table, requests)
-    likeliest: list[int] = table.argmax(-1).tolist()  # faster than PyTorch's; NaN counts as the largest
+    likeliest: list[int] = table.argmax(-1).tolist()  # NaN counts as the largest
     chosen: list[int | OptcError] = list(likeliest)
     drawing = []
     for number, request in enumerate(requests):
@@ -46,13 +59,11 @@ def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | No
         elif request.params.temperature > 0:
             drawing.append(number)
     if drawing:
-        drawn = _draw(logits[torch.tensor(drawing)], [requests[number] for number in drawing])
+        drawn = _draw(table[drawing], [requests[number] for number in drawing])
         for number, token in zip(drawing, drawn, strict=True):
             chosen[number] = token
     if reported is not None:
-        for number, report in zip(reporting, _top_logprobs(reported, requests, reporting, chosen), strict=True):
-            if report is not None:
-                requests[number].logprobs.append(report)
+        _note_logprobs(reported, [requests[number] for number in reporting], [chosen[number] for number in reporting])
     return chosen
 
 
@@ -76,76 +87,80 @@ def _failure(row: np.ndarray, request: Request) -> OptcError:
     )
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Draw a token from each row of f32[R, V] by inversion: one uniform number a row, so a row costs one hash."""
-    warmth = torch.tensor([max(request.params.temperature, _COLDEST) for request in requests])
-    scaled = (logits - logits.amax(-1, keepdim=True)) / warmth[:, None]
-    tokens = [0] * len(requests)
-    groups: dict[int, list[int]] = {}
-    for row, request in enumerate(requests):
-        groups.setdefault(_num_candidates(request, logits.shape[1]), []).append(row)
-    for count, rows in groups.items():
-        members = [requests[row] for row in rows]
-        part = scaled if len(rows) == len(requests) else scaled[torch.tensor(rows)]
-        found = _draw_among(part, members, count) if count else _draw_of_all(part, members)
-        for row, token in zip(rows, found, strict=True):
-            tokens[row] = token
-    return tokens
+def _draw(table: np.ndarray, requests: Sequence[Request]) -> list[int]:
+    """Draw a token from each row f32[R, V] by inversion: one uniform number a row, so a row costs one hash."""
+    warmth = np.array([max(request.params.temperature, _COLDEST) for request in requests], np.float32)
+    table -= table.max(-1, keepdims=True)
+    table /= warmth[:, None]
+    weights = np.exp(table)
+    free = [row for row, request in enumerate(requests) if not _is_filtered(request)]
+    tokens = dict(zip(free, _draw_of_all(weights[free], [requests[row] for row in free]), strict=True)) if free else {}
+    return [
+        tokens[row] if row in tokens else _draw_filtered(table[row], weights[row], request)
+        for row, request in enumerate(requests)
+    ]
 
 
-def _num_candidates(request: Request, vocab_size: int) -> int:
-    """How many of the likeliest tokens to sort; 0 if all may be drawn. Of the request alone, so that ties stay as they are."""
-    params = request.params
-    if 0 < params.top_k < vocab_size:
-        return params.top_k
-    return min(_CANDIDATES, vocab_size) if params.top_p < 1 or params.min_p > 0 else 0
+def _is_filtered(request: Request) -> bool:
+    return request.params.top_k > 0 or request.params.top_p < 1 or request.params.min_p > 0
 
 
-def _draw_of_all(scaled: Tensor, requests: Sequence[Request]) -> list[int]:
-    """From softmax(scaled) f32[R, V]: first a block of tokens by the blocks' sums, then a token in it."""
-    weights = scaled.exp()
-    rows, size = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -size % _BLOCK))
-    blocks = padded.view(rows, -1, _BLOCK)
-    sums = blocks.sum(-1).numpy().cumsum(-1, dtype=np.float64)
+def _draw_of_all(weights: np.ndarray, requests: Sequence[Request]) -> list[int]:
+    """By weights f32[R, V]: first a block of tokens by the blocks' sums, then a token in it."""
+    count, size = weights.shape
+    whole = size // _BLOCK * _BLOCK
+    sums = weights[:, :whole].reshape(count, -1, _BLOCK).sum(-1)
+    if whole < size:
+        sums = np.concatenate([sums, weights[:, whole:].sum(-1, keepdims=True)], -1)
+    bounds = sums.cumsum(-1, dtype=np.float64)
     tokens = []
     for row, request in enumerate(requests):
-        point = _uniform(request) * sums[row, -1]
-        block = int(np.searchsorted(sums[row], point, side="right"))
-        inside = blocks[row, block].numpy().cumsum(dtype=np.float64)
-        point -= sums[row, block - 1] if block else 0.0
+        point = _uniform(request) * bounds[row, -1]
+        block = int(bounds[row].searchsorted(point, side="right"))
+        inside = weights[row, block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+        point -= bounds[row, block - 1] if block else 0.0
         # Rounding may put the point behind the last token of its block: then it is that one.
-        place = min(int(np.searchsorted(inside, point, side="right")), int(np.searchsorted(inside, inside[-1])))
-        tokens.append(block * _BLOCK + place)
+        last = int(inside.searchsorted(inside[-1]))
+        tokens.append(block * _BLOCK + min(int(inside.searchsorted(point, side="right")), last))
     return tokens
 
 
-def _draw_among(scaled: Tensor, requests: Sequence[Request], count: int) -> list[int]:
-    """From the `count` likeliest tokens of each row f32[R, V], after top-k, top-p and min-p."""
-    values, order = scaled.topk(count)
-    weights = values.double().exp().numpy()
-    nucleus = [row for row, request in enumerate(requests) if request.params.top_p < 1]
-    totals = weights.sum(-1)
-    if nucleus and count < scaled.shape[1]:
-        whole = [row for row in nucleus if not requests[row].params.top_k]
-        if whole:
-            totals[whole] = scaled[torch.tensor(whole)].double().exp().sum(-1).numpy()
-    top_p = np.array([request.params.top_p for request in requests])
-    min_p = np.array([request.params.min_p for request in requests])
-    before = weights.cumsum(-1) - weights
-    kept = weights >= min_p[:, None]
-    if nucleus:
-        kept &= (before < (top_p * totals)[:, None]) | (top_p == 1)[:, None]
-    kept[:, 0] = True
-    sums = np.where(kept, weights, 0).cumsum(-1)
-    tokens = []
-    for row, request in enumerate(requests):
-        if kept[row, -1] and not request.params.top_k and count < scaled.shape[1]:  # more tokens belong to it
-            tokens += _draw_among(scaled[row : row + 1], [request], scaled.shape[1])
-            continue
-        place = int(np.searchsorted(sums[row], _uniform(request) * sums[row, -1], side="right"))
-        tokens.append(int(order[row, place]))
-    return tokens
+def _draw_filtered(scaled: np.ndarray, weights: np.ndarray, request: Request) -> int:
+    """After top-k, top-p and min-p, from a row f32[V] of logits over temperature, the largest 0, and their exponentials."""
+    params = request.params
+    needed = params.top_p * float(weights.sum(dtype=np.float64)) if params.top_p < 1 and not params.top_k else None
+
+    def is_enough(candidates: np.ndarray, cut: float) -> bool:
+        """Whether no token that is left out could be among those to draw from."""
+        if params.top_k and len(candidates) >= params.top_k:
+            return True
+        if needed is not None and weights[candidates].sum(dtype=np.float64) >= needed:
+            return True
+        return params.min_p >= math.exp(-cut)
+
+    order = _likeliest(scaled, is_enough)
+    if params.top_k:
+        order = order[: params.top_k]
+    chances = weights[order].astype(np.float64)
+    kept = chances >= params.min_p
+    if params.top_p < 1:
+        before = chances.cumsum() - chances
+        kept &= before < (params.top_p * chances.sum() if needed is None else needed)
+    kept[0] = True
+    bounds = np.where(kept, chances, 0).cumsum()
+    return int(order[bounds.searchsorted(_uniform(request) * bounds[-1], side="right")])
+
+
+def _likeliest(row: np.ndarray, is_enough: Callable[[np.ndarray, float], bool]) -> np.ndarray:
+    """Tokens of a row f32[V] whose largest is 0, the largest first and equal ones by id: as many as `is_enough` says.
+
+    Comparing a whole row is cheap and sorting it is not, so the cut is lowered until there are enough above it.
+    """
+    for cut in _CUTS:
+        candidates = np.flatnonzero(row >= -cut)
+        if cut == math.inf or is_enough(candidates, cut):
+            break
+    return candidates[np.argsort(-row[candidates], kind="stable")]
 
 
 def _uniform(request: Request) -> float:
@@ -162,20 +177,28 @@ def derived_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _top_logprobs(
-    logprobs: Tensor, requests: Sequence[Request], numbers: Sequence[int], chosen: Sequence[int | OptcError]
-) -> list[Logprobs | None]:
-    counts = [requests[number].params.logprobs or 0 for number in numbers]
-    tokens = [chosen[number] for number in numbers]
-    known = report_logprobs(logprobs, [token if isinstance(token, int) else 0 for token in tokens], counts)
-    return [report if isinstance(token, int) else None for report, token in zip(known, tokens, strict=True)]
+def _note_logprobs(table: np.ndarray, requests: Sequence[Request], chosen: Sequence[int | OptcError]) -> None:
+    counts = [request.params.logprobs or 0 for request in requests]
+    tokens = [token if isinstance(token, int) else 0 for token in chosen]
+    for request, token, report in zip(requests, chosen, report_logprobs(table, tokens, counts), strict=True):
+        if isinstance(token, int):
+            request.logprobs.append(report)
 
 
-def report_logprobs(logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
-    """Of each row f32[R, V] the log-probabilities of its token and of its `count` likeliest ones."""
-    own = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    values, order = logprobs.topk(min(max(counts), logprobs.shape[1]))
-    return [
-        {token: value, **dict(zip(order[row, :count].tolist(), values[row, :count].tolist(), strict=True))}
-        for row, (token, value, count) in enumerate(zip(tokens, own, counts, strict=True))
-    ]
+def report_logprobs(table: np.ndarray, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
+    """Of each row of logits f32[R, V] the log-probabilities of its token and of its `count` likeliest ones."""
+    with np.errstate(invalid="ignore"):  # of rows that are no numbers nothing is kept
+        shifted = table - table.max(-1, keepdims=True)
+    totals = np.log(np.exp(shifted).sum(-1, dtype=np.float64))
+    reports = []
+    for row, total, token, count in zip(shifted, totals, tokens, counts, strict=True):
+        report = {token: float(row[token] - total)}
+        if count:
+            found = _likeliest(row, partial(_has, count))[:count]
+            report |= {int(each): float(row[each] - total) for each in found}
+        reports.append(report)
+    return reports
+
+
+def _has(count: int, candidates: np.ndarray, cut: float) -> bool:
+    return len(candidates) >= count

@@ -29,7 +29,7 @@ from optc.runtime.scheme import QuantizationArgs, Scheme
 from optc.runtime.unpack import plain_weights, stored_weights, unpack
 
 from .families import load_reference, save_model
-from .test_prequantized import CONFIG, logits, replace_projections, same_bits, write
+from .prequantized_cases import CONFIG, logits, replace_projections, same_bits, write
 
 # One scheme for each projection of the first layer, in the order of the model.
 MIX = {

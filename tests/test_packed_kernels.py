@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -315,8 +316,25 @@ def test_tiles_of_amx_in_software() -> None:
     """More than 12 rows go through tiles, with a whole or a ragged last unit of columns, and get the bits of fewer rows, which
     go through none. (An error put into the tiles' product failed here.)
     """
-    compiler = f"{os.environ.get('CXX', 'g++')} -DOPTC_AMX_IN_SOFTWARE"
-    run_again(__file__, "avx512_bf16", "same_bits and (1024 or 896)", CXX=compiler)
+    compiler = f"{os.environ.get('CXX', 'g++')} {IN_SOFTWARE}"
+    run_again(__file__, "avx512_bf16", "rows_reach_tiles or (same_bits and (1024 or 896))", CXX=compiler)
+
+
+IN_SOFTWARE = "-DOPTC_AMX_IN_SOFTWARE"
+
+
+@pytest.mark.skipif(IN_SOFTWARE not in os.environ.get("CXX", ""), reason="only tiles in software are counted")
+@pytest.mark.parametrize("columns", [1024, 896])
+@pytest.mark.parametrize("scheme", SAME_BITS)
+def test_which_rows_reach_tiles(scheme: str, columns: int) -> None:
+    """Those of more than 12 whose products are of integers."""
+    products = ctypes.CDLL(str(build_kernels(ISA))).optc_tile_products
+    products.restype = ctypes.c_int64
+    arguments, _ = packed_arguments(Case(scheme=scheme, shape=(70, columns), dtype=torch.bfloat16), 33)
+    for rows in (1, 12, 13, 33):
+        before = products()
+        OPS.linear_packed(arguments[0][:rows], *arguments[1:])
+        assert (products() > before) == (rows > 12 and find_scheme(scheme).activation != "none"), rows
 
 
 def test_codes_without_columns() -> None:

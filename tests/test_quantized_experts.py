@@ -38,8 +38,8 @@ from optc.runtime.scheme import find_scheme, scheme_names
 from optc.runtime.unpack import unpack
 
 from .families import MAX_LEN, VOCAB_SIZE, load_reference, save_model
+from .prequantized_cases import logits
 from .quantized_cases import DTYPES, Case, assert_near
-from .test_prequantized import logits
 
 OPS = torch.ops.optc
 EVERY_TIME = ["mixtral", "gpt_oss", "deepseek_v2"]

@@ -20,7 +20,7 @@ from optc.runtime.scheme import find_scheme
 from optc.runtime.unpack import stored_weights, unpack
 
 from .families import load_reference, save_model
-from .test_prequantized import same_bits
+from .prequantized_cases import same_bits
 
 
 def compiled(name: str, tmp_path: Path, **options: Any) -> tuple[Artifact, dict[str, torch.Tensor]]:
