@@ -9,7 +9,8 @@ asked once, in an order that changes from round to round, with the machine's mem
 a measurement beside a low one, as a virtual machine has at times, or beside other programs is made again (bandwidth.py).
 A decode figure is the rate of the steps after the prefill. It is held against the roofline: the time in which the bytes
 that the step reads (weights, and keys and values) can be read, measured between a few steps and the next few. A peer that
-is not installed is left out, and the output says so.
+is not installed is left out, and the output says so. ONNX Runtime GenAI has no 16-bit form for processors and stands in
+float32 beside bf16, its keys and values always; its 8-bit cache needs calibrated scales and is left out.
 Results go into a JSON file, those of earlier calls are kept; the table and the plots are made of all.
 
 Accuracy is the KL divergence of the bundled model in the same format from the checkpoint in float32, by each engine's own

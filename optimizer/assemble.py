@@ -179,5 +179,5 @@ def _sampling_defaults(checkpoint: Checkpoint | None) -> dict[str, float | int |
     """The sampling parameters of generation_config.json, for `optc run` and the server to start from."""
     if checkpoint is None:
         return {}
-    names = ("do_sample", "temperature", "top_k", "top_p")
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {name: value for name in names if isinstance(value := checkpoint.generation.get(name), bool | int | float)}

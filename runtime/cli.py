@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.console import Console
 
-from ..errors import UsageError
+from ..errors import RequestError, UsageError
+from .byte_size import BYTES
+from .params import StructuredOutput
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -27,7 +29,15 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]")
 @click.option("--top-k", type=int, help="0 is all.  [default: the model's]")
 @click.option("--top-p", type=float, help="[default: the model's]")
+@click.option("--min-p", type=float, help="[default: the model's]")
+@click.option("--repetition-penalty", type=float, help="1 is none.  [default: the model's]")
 @click.option("--seed", type=int, help="Same seed, same tokens.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--json-schema", type=click.File(encoding="utf-8"), help="File: the completion is JSON of this schema.")
+@click.option("--regex", help="The completion matches this regular expression.")
+@click.option("--choice", multiple=True, help="The completion is one of these; given several times.")
+@click.option("--grammar", type=click.File(encoding="utf-8"), help="File: a grammar in Lark's EBNF or in GBNF.")
+@click.option("--kv-cache-memory", type=BYTES, help="Such as 4GiB.  [default: a sequence of full length]")
 @click.option("--no-native", is_flag=True, help="Load no native code: only data, run by known ops.")
 @click.option("--verify", is_flag=True, help="Hash every file first, even if that was done before.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the completion only.")
@@ -40,6 +50,11 @@ def run_command(
     verify: bool,
     quiet: bool,
     max_tokens: int,
+    kv_cache_memory: int | None,
+    json_schema: TextIO | None,
+    regex: str | None,
+    choice: tuple[str, ...],
+    grammar: TextIO | None,
     **sampling: Any,
 ) -> None:
     """Generate from ARTIFACT, streaming the text as it comes.
@@ -50,6 +65,7 @@ def run_command(
       optc run my.optc --chat
       echo "Once upon a time" | optc run my.optc -p - --temperature 0.8 --seed 1
       optc run my.optc --token-ids 1,17,42
+      optc run my.optc -p "Name and age: " --json-schema person.json
     """
     if token_ids is not None and (prompt is not None or chat):
         raise UsageError("--token-ids goes with neither --prompt nor --chat")
@@ -57,12 +73,22 @@ def run_command(
         raise UsageError("give a prompt with -p (or -p - for standard input), --token-ids, or --chat")
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", stream=sys.stderr)
     started = time.perf_counter()
-    llm = _load(artifact, native=not no_native, verify=verify, quiet=quiet)
+    structured: dict[str, Any] = {
+        "json_schema": json_schema.read() if json_schema else None,
+        "regex": regex,
+        "choice": list(choice) or None,
+        "grammar": grammar.read() if grammar else None,
+    }
+    if any(value is not None for value in structured.values()):
+        sampling["structured"] = StructuredOutput(**structured)
+    llm = _load(artifact, native=not no_native, verify=verify, quiet=quiet, kv_cache_memory=kv_cache_memory)
     loaded = time.perf_counter() - started
     options = {"max_tokens": max_tokens, **_sampling(llm.manifest.generation, sampling)}
     started = time.perf_counter()
     if token_ids is not None:
         result = llm.generate(_parse_ids(token_ids), **options)[0]
+        if result.error is not None:
+            raise RequestError(result.error)
         click.echo(",".join(map(str, result.token_ids)))
     elif chat and prompt is None:
         llm.chat_prompt([{"role": "user", "content": "?"}])  # no chat template: say so before the first line is typed
@@ -78,7 +104,7 @@ def run_command(
         )
 
 
-def _load(artifact: Path, *, native: bool, verify: bool, quiet: bool) -> LLM:
+def _load(artifact: Path, *, native: bool, verify: bool, quiet: bool, kv_cache_memory: int | None) -> LLM:
     """The artifact; while its files are hashed, which takes seconds for a large one, a spinner says so."""
     from .llm import LLM
 
@@ -89,6 +115,7 @@ def _load(artifact: Path, *, native: bool, verify: bool, quiet: bool) -> LLM:
             native=native,
             verify=verify,
             max_num_seqs=1,
+            kv_cache_memory=kv_cache_memory,
             on_hash=lambda file: status.update(f"checking {file}"),
         )
 
@@ -105,10 +132,10 @@ def _read_stdin() -> str:
 
 def _sampling(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The command line's parameters, over those of the model's generation_config.json if that samples."""
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None and value != ()}
     if not defaults.get("do_sample"):
         return options
-    names = [name for name in ("temperature", "top_k", "top_p") if name in defaults]
+    names = [name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if name in defaults]
     return {"temperature": 1.0, **{name: defaults[name] for name in names}, **options}
 
 

@@ -18,18 +18,8 @@ from .request import Logprobs, Request
 # take the cores from the kernels'.
 _COLDEST = 1e-6  # a temperature that divides logits without leaving the range of float32
 _BLOCK = 128  # tokens whose probabilities are summed up together
-_CUTS = (
-    1.0,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    8.0,
-    12.0,
-    16.0,
-    32.0,
-    math.inf,
-)  # how far below the largest logit candidates are looked for, until there are enough
+# How far below the largest logit candidates are looked for, until there are enough.
+_CUTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, math.inf)
 
 
 def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None) -> list[int | OptcError]:

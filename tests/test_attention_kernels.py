@@ -99,6 +99,26 @@ def test_fixed_quantized(dtype: torch.dtype, cache: torch.dtype) -> None:
     check_write(tokens=50, dims=(64, 13), dtype=dtype, cache_dtype=cache)
 
 
+@pytest.mark.parametrize("cache", [None, *QUANTIZED])
+@pytest.mark.parametrize("dims", [(512, 512), (513, 64), (576, 512), (640, 640), (64, 1024)])
+def test_fixed_wide_heads(dims: tuple[int, int], cache: torch.dtype | None) -> None:
+    """Sums of 8-bit products would not fit 32 bits for keys of more than 512 elements."""
+    case = Case(sequences=((1, 300), (9, 270), (40, 40)), k_dim=dims[0], v_dim=dims[1], window=280, cache=cache)
+    for dtype in DTYPES:
+        check_paged(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(512, 16), (640, 16), (16, 640)])
+def test_fixed_largest_sums(k_dim: int, v_dim: int) -> None:
+    """All codes are the largest: keys at even positions are like the queries, and the others their opposite."""
+    case = Case(sequences=((1, 300), (20, 256)), k_dim=k_dim, v_dim=v_dim, dtype=torch.bfloat16, cache=torch.int8)
+    q, cache, *rest = case.paged_args()
+    rows = torch.full((len(cache), case.kv_heads, case.block_size, k_dim + v_dim), 3.0)
+    rows[:, :, 1::2] *= -1
+    found = OPS.paged_attention(torch.full_like(q, 3.0), case.quantized(rows), *rest)
+    assert torch.equal(found, torch.full_like(found, 3.0))
+
+
 @under_other_isas
 def test_other_isas(isa: str) -> None:
     run_again(__file__, isa, "test_fixed or test_same")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -139,7 +140,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert request.output_token_ids == known[number][: request.num_output_tokens]
 
 
-def test_whatever_happens(make: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("examples", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_whatever_happens(examples: int, make: Callable[..., Engine]) -> None:
     known: dict[tuple[tuple[int, ...], SamplingParams], Completions] = {}
 
     def expected(prompt: list[int], params: SamplingParams) -> Completions:
@@ -152,4 +154,4 @@ def test_whatever_happens(make: Callable[..., Engine]) -> None:
         pass
 
     Machine.make, Machine.expected = staticmethod(make), staticmethod(expected)  # type: ignore[assignment]
-    run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=30))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=examples, stateful_step_count=30))

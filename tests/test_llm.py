@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optc.errors import OptcError, RequestError
+from optc.errors import ClosedError, OptcError, OverloadedError, RequestError
 from optc.runtime import LLM
 
 from .engine_cases import VOCAB, check_empty
@@ -77,6 +78,13 @@ def test_seeds_of_one_call_differ_and_repeat(llm: LLM) -> None:
         (lambda llm: llm.generate("a\ud800"), "surrogate"),
         (lambda llm: llm.generate("a", max_token=3), "max_token"),
         (lambda llm: llm.generate("a", temperature=-1), "temperature"),
+        (lambda llm: llm.generate("a", max_tokens=0), "max_tokens"),
+        (lambda llm: llm.generate("a", n=65), "n=65"),
+        (lambda llm: llm.generate("a", stop=["a"] * 17), "stop"),
+        (lambda llm: llm.generate("a", bad_words=[""]), "bad_words"),
+        (lambda llm: llm.generate("a", logit_bias={"x": 1}), "logit_bias"),
+        (lambda llm: llm.generate("a", priority=1.5), "priority"),
+        (lambda llm: llm.stream("a", n=2), "n=2"),
         (lambda llm: llm.stream(""), "empty prompt"),
         (lambda llm: llm.stream([VOCAB]), "320"),
         (lambda llm: llm.chat([]), "messages"),
@@ -158,3 +166,83 @@ def test_odd_prompts(prompt: Any, artifact: Path) -> None:
     else:
         with pytest.raises(RequestError):
             llm.generate(prompt, max_tokens=2)
+
+
+def test_several_completions(llm: LLM) -> None:
+    (result,) = llm.generate("The quick", n=3, temperature=1.0, seed=4, max_tokens=10, ignore_eos=True, logprobs=0)
+    assert len(result.completions) == 3 and len({tuple(each.token_ids) for each in result.completions}) == 3
+    first = result.completions[0]
+    assert (result.text, result.token_ids, result.logprobs) == (first.text, first.token_ids, first.logprobs)
+    (single,) = llm.generate("The quick", temperature=1.0, seed=4, max_tokens=10, ignore_eos=True)
+    assert single.token_ids == first.token_ids, "the first is what a single one would be"
+    greedy = llm.generate("The quick", n=2, max_tokens=5)[0].completions
+    assert greedy[0] == greedy[1], "without a temperature all are the same"
+
+
+def test_prompts_with_log_probabilities(llm: LLM) -> None:
+    ids = llm.encode("Grüße aus München")
+    (result,) = llm.generate([ids], max_tokens=0, prompt_logprobs=3)
+    assert result.token_ids == [] and result.finish_reason == "length" and result.prompt_logprobs is not None
+    own = [entry[token] for entry, token in zip(result.prompt_logprobs, ids[1:], strict=True)]
+    assert own == pytest.approx(llm.score([ids])[0], abs=1e-6)
+    for entry in result.prompt_logprobs:
+        best = sorted(entry.values(), reverse=True)[:3]
+        assert 3 <= len(entry) <= 4 and sum(map(math.exp, best)) <= 1 + 1e-6
+    both = llm.score(["Hello there", ids])
+    assert [len(each) for each in both] == [len(llm.encode("Hello there")) - 1, len(ids) - 1]
+
+
+def test_echo(llm: LLM) -> None:
+    (plain,) = llm.generate("The quick", max_tokens=8)
+    (echoed,) = llm.generate("The quick", max_tokens=8, echo=True)
+    assert plain.text is not None and echoed.text == "The quick" + plain.text
+    assert echoed.token_ids == plain.token_ids
+    assert "".join(llm.stream("The quick", max_tokens=8, echo=True)) == echoed.text
+
+
+def test_stop_strings(llm: LLM) -> None:
+    (free,) = llm.generate("The quick", max_tokens=30, ignore_eos=True)
+    assert free.text is not None
+    stop = free.text[5:8]
+    at = free.text.index(stop)
+    (stopped,) = llm.generate("The quick", max_tokens=30, ignore_eos=True, stop=stop)
+    assert (stopped.text, stopped.finish_reason) == (free.text[:at], "stop")
+    assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    (kept,) = llm.generate("The quick", max_tokens=30, ignore_eos=True, stop=[stop], include_stop=True)
+    assert kept.text == free.text[:at] + stop
+    assert "".join(llm.stream("The quick", max_tokens=30, ignore_eos=True, stop=stop)) == free.text[:at]
+    (longer,) = llm.generate("The quick", max_tokens=30, ignore_eos=True, stop=stop, min_tokens=30)
+    assert longer.token_ids == free.token_ids
+
+
+def test_metrics_of_a_request(llm: LLM) -> None:
+    (result,) = llm.generate("The quick", max_tokens=8, ignore_eos=True)
+    metrics = result.completions[0].metrics
+    assert metrics.queued is not None and metrics.first_token is not None and metrics.finished is not None
+    assert 0 <= metrics.queued <= metrics.first_token <= metrics.finished
+    llm.generate("The quick brown fox jumps over it", max_tokens=8, ignore_eos=True)
+    (again,) = llm.generate("The quick brown fox jumps over it", max_tokens=8, ignore_eos=True)
+    assert again.completions[0].metrics.num_cached_tokens == 16, "what is in a full block"
+
+
+def test_progress_on_a_terminal_only(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], max_tokens=2)
+    assert capfd.readouterr().err == ""
+    llm.generate(["a", "b"], max_tokens=2, progress=True)
+    assert llm.generate(["a", "b"], max_tokens=2, progress=False)
+
+
+def test_a_with_block_closes(artifact: Path) -> None:
+    with LLM(artifact) as llm:
+        assert llm.generate("a", max_tokens=1)[0].token_ids
+        assert llm.stats().finished == {"length": 1}
+    with pytest.raises(ClosedError, match="closed"):
+        llm.generate("a")
+
+
+def test_a_queue_that_is_too_short_for_all_takes_none(artifact: Path) -> None:
+    with LLM(artifact, max_queued_requests=2) as llm:
+        with pytest.raises(OverloadedError):
+            llm.generate(["a", "b", "c"], max_tokens=2)
+        check_empty(llm.engine)
+        assert len(llm.generate(["a", "b"], max_tokens=2)) == 2

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...errors import UsageError
+from ..byte_size import BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,24 +27,6 @@ if TYPE_CHECKING:
     from .workload import Task
 
 Command = Callable[..., Any]
-
-
-class _ByteSize(click.ParamType[int]):
-    """A number of bytes, such as 4GiB or 500MB."""
-
-    name = "size"
-    UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}  # noqa: RUF012
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value).strip().lower()
-        number = text.rstrip("bgikm")
-        try:
-            return int(float(number) * self.UNITS[text[len(number) :]])
-        except (ValueError, KeyError):
-            self.fail(f"{value!r}: expected a number of bytes such as 4GiB or 500MB", param, ctx)
-
-
-BYTES = _ByteSize()
 
 
 @click.group("bench", short_help="Measure the speed of an artifact.")
