@@ -27,7 +27,7 @@ class Optc:
         from optc.runtime import LLM
 
         self._torch = torch
-        self._llm = LLM(path)
+        self._llm = LLM(path, prefix_caching=False)  # a measurement that is made again has the same prompt
         self._engine = self._llm.engine
         self._requests: list[Any] = []
         self._model_seconds = 0.0

@@ -39,6 +39,7 @@ class Constrainer:
             request.text = CompletionText(
                 self._need_tokenizer("stop").detokenizer(request.prompt_token_ids),
                 tuple(params.stop),
+                start=len(request.prompt_token_ids),
                 include_stop=params.include_stop,
                 min_tokens=params.min_tokens,
             )

@@ -347,7 +347,7 @@ class Engine:
             self._finish(request, "error", error)
             return
         if request.text is not None:
-            request.text.catch_up(request.output_token_ids)
+            request.text.catch_up(request.token_ids)
         if (
             choice in request.end_ids
             or (request.text is not None and request.text.is_stopped)
@@ -371,7 +371,7 @@ class Engine:
         if request.forks and reason == "abort":
             self._promote(request)
         if request.text is not None:
-            request.text.catch_up(request.output_token_ids, ended=True)
+            request.text.catch_up(request.token_ids, ended=True)
         self.scheduler.finish(request)
         for other in request.group:
             if request in other.forks:

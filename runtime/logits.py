@@ -108,16 +108,23 @@ class Constraints:
         """Whether the structured output is whole, and nothing may follow."""
         return self.matcher is not None and self.matcher.is_complete
 
-    def mask(self, row: np.ndarray, completion: Sequence[int]) -> None:
-        """Set the logits f32[V] of tokens that must not follow `completion` to minus infinity, and add biases."""
+    def mask(self, row: np.ndarray, token_ids: Sequence[int], num_outputs: int) -> None:
+        """Set the logits f32[V] of tokens that must not come next to minus infinity, and add biases.
+
+        Args:
+            row: changed.
+            token_ids: prompt and completion.
+            num_outputs: how many of the last of them are the completion.
+        """
         if self.matcher is not None:
             row[~self.matcher.allowed(len(row))] = -np.inf
         if self._allowed is not None:
             row[self._allowed] = -np.inf
         for words in self._bad_words:
-            if len(words) == 1 or tuple(completion[1 - len(words) :]) == words[:-1]:
+            before = len(words) - 1
+            if before <= num_outputs and tuple(token_ids[len(token_ids) - before :]) == words[:-1]:
                 row[words[-1]] = -np.inf
-        if self._banned_ends is not None and len(completion) < self.params.min_tokens:
+        if self._banned_ends is not None and num_outputs < self.params.min_tokens:
             row[self._banned_ends] = -np.inf
         if len(self._biased):
             row[self._biased] += self._biases

@@ -43,7 +43,9 @@ class CompletionReader:
         self.request, self._index = request, index
         self._own_text: CompletionText | None = None
         if request.text is None and tokenizer is not None:
-            self._own_text = CompletionText(tokenizer.detokenizer(request.prompt_token_ids))
+            self._own_text = CompletionText(
+                tokenizer.detokenizer(request.prompt_token_ids), start=len(request.prompt_token_ids)
+            )
         self._num_tokens = self._num_characters = 0
         self.is_done = False
 
@@ -52,13 +54,13 @@ class CompletionReader:
         request, reason = self.request, self.request.finish_reason
         if self.is_done or (reason is None and request.num_output_tokens == self._num_tokens):
             return None
-        tokens = request.output_token_ids
-        text = self._text(tokens, ended=reason is not None)
-        new = tokens[self._num_tokens :]
+        begin, end = len(request.prompt_token_ids) + self._num_tokens, request.num_tokens
+        new = request.token_ids[begin:end]
+        text = self._text(end, ended=reason is not None)
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = request.logprobs[self._num_tokens : len(tokens)]
-        self._num_tokens = len(tokens)
+            logprobs = request.logprobs[self._num_tokens : self._num_tokens + len(new)]
+        self._num_tokens += len(new)
         self.is_done = reason is not None
         return RequestOutput(
             index=self._index,
@@ -70,11 +72,12 @@ class CompletionReader:
             metrics=RequestMetrics.of(request) if self.is_done else None,
         )
 
-    def _text(self, tokens: list[int], *, ended: bool) -> str:
+    def _text(self, end: int, *, ended: bool) -> str:
+        """New text of the tokens up to `end`."""
         source = self.request.text
         if self._own_text is not None:
             source = self._own_text
-            source.catch_up(tokens, ended=ended)
+            source.catch_up(self.request.token_ids, end, ended=ended)
         piece = source.since(self._num_characters) if source is not None else ""
         self._num_characters += len(piece)
         return piece

@@ -61,7 +61,7 @@ def _constrain(table: np.ndarray, requests: Sequence[Request]) -> None:
     penalized, constraints = [], []
     for number, request in enumerate(requests):
         if request.constraints is not None:
-            request.constraints.mask(table[number], request.output_token_ids)
+            request.constraints.mask(table[number], request.token_ids, request.num_output_tokens)
             if request.constraints.counts is not None:
                 penalized.append(number)
                 constraints.append(request.constraints)

@@ -14,26 +14,33 @@ class CompletionText:
 
     Args:
         detokenizer: of this completion.
+        start: how many tokens the prompt has.
         stop: the text ends before the first of these; of several that end with the same token, the one that begins first.
         include_stop: or behind it.
         min_tokens: no stop string is looked for in so many first tokens.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, include_stop: bool = False, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stop: Sequence[str] = (),
+        *,
+        start: int = 0,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer, self._stop, self._include_stop = detokenizer, stop, include_stop
         self._longest = max(map(len, stop), default=0)
-        self._min_tokens = min_tokens
-        self._read = 0
+        self._read, self._search_from = start, start + min_tokens
         self._searched = 0  # a stop string that begins before this would have been found
         self._text = ""
         self.is_stopped = False
         self.safe_length = 0
 
-    def catch_up(self, token_ids: Sequence[int], *, ended: bool = False) -> None:
-        """Take the completion's tokens that are new since the last call; `ended` if no more come."""
-        while self._read < len(token_ids) and not self.is_stopped:
+    def catch_up(self, token_ids: Sequence[int], end: int | None = None, *, ended: bool = False) -> None:
+        """Take the tokens, the prompt's included, up to `end` that are new since the last call; `ended` if no more come."""
+        end = len(token_ids) if end is None else end
+        while self._read < end and not self.is_stopped:
             piece = self._detokenizer.push(token_ids[self._read])
             self._read += 1
             self._append(piece)
@@ -46,7 +53,7 @@ class CompletionText:
         if not self._stop:
             self.safe_length = len(self._text)
             return
-        if self._read < self._min_tokens:
+        if self._read < self._search_from:
             self._searched = len(self._text)
             self.safe_length = len(self._text)
             return

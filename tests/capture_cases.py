@@ -29,7 +29,7 @@ def log_probabilities(model: nn.Module, ids: list[int]) -> Tensor:
 
 
 def assert_scores(llm: LLM, reference: nn.Module, ids: list[int]) -> None:
-    assert llm.score(ids) == pytest.approx(log_probabilities(reference, ids).tolist(), abs=EXACT)
+    assert llm.score(ids)[0] == pytest.approx(log_probabilities(reference, ids).tolist(), abs=EXACT)
 
 
 def compiled(checkpoint: Path, **options: Any) -> LLM:

@@ -187,7 +187,7 @@ def test_all_completions_count_as_one_in_the_queue(make: Callable[..., Engine]) 
     with pytest.raises(OverloadedError):
         engine.add([5], greedy(5))
     drain(engine, group[1:])
-    with pytest.raises(RequestError, match="n=5.*max_num_seqs"):
+    with pytest.raises(RequestError, match=r"n=5.*max_num_seqs"):
         engine.add([5], greedy(5, n=5))
 
 

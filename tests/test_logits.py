@@ -113,7 +113,7 @@ def test_bad_words_end_only_behind_their_beginning() -> None:
             matcher=None, vocab_size=SIZE,
         )  # fmt: skip
         row = np.zeros(SIZE, np.float32)
-        constraints.mask(row, completion)
+        constraints.mask(row, [4, *completion], len(completion))
         return set(np.flatnonzero(np.isinf(row)).tolist())
 
     assert banned([]) == {3}
