@@ -58,6 +58,7 @@ class BlockPool:
     stats: PoolStats = field(default_factory=PoolStats)
 
     def __post_init__(self) -> None:
+        self.num_touched = 0  # blocks up to here have been used
         self._references = [0] * self.num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         self._cached: dict[int, _Cached] = {}
@@ -84,6 +85,8 @@ class BlockPool:
             self._forget(block)
             self.stats.evictions += 1
         self._references[block] = 1
+        if block >= self.num_touched:
+            self.num_touched = block + 1
         return block
 
     def share(self, block: int) -> None:

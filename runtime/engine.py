@@ -259,6 +259,7 @@ class Engine:
 
     def _run(self, step: Sequence[Scheduled]) -> list[Request]:
         """Execute, sample, commit."""
+        self.executor.pages.use(self.pool.num_touched)
         inputs, wanted = pack(step, self.pool.block_size)
         if self.kv.pending_copies:
             self.executor.copy_blocks(self.kv.pending_copies)

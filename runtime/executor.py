@@ -14,6 +14,7 @@ from . import huge_pages
 from .artifact import MANIFEST, Artifact
 from .manifest import NativeCode
 from .ops.kernels import cpu_flags, load_kernels
+from .pages_ahead import PagesAhead
 
 logger = logging.getLogger("optc")
 
@@ -57,6 +58,9 @@ class Executor:
             )
             for spec in manifest.kv_cache
         }
+
+        self.pages = PagesAhead(list(self.caches.values()) if self.is_native else [])
+        self.pages.use(0)
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return huge_pages.zeros(shape, dtype) if self.is_native else torch.zeros(shape, dtype=dtype, device=self.device)

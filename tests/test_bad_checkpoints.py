@@ -406,7 +406,7 @@ def test_without_a_tokenizer(artifact: Path, editable_checkpoint: Path, tmp_path
     (result,) = llm.generate([[7, 8]], max_tokens=6, ignore_eos=True)
     assert result.text is None
     assert result.token_ids == LLM(artifact).generate([[7, 8]], max_tokens=6, ignore_eos=True)[0].token_ids
-    assert len(llm.score([7, 8, 9])) == 2
+    assert len(llm.score([7, 8, 9])[0]) == 2
     for call in (
         lambda: llm.generate("Hello"),
         lambda: llm.stream([7]),
