@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from . import huge_pages
 from .artifact import MANIFEST, Artifact
+from .compiled_step import CompiledStep
 from .manifest import NativeCode
 from .ops.kernels import cpu_flags, load_kernels
 from .pages_ahead import PagesAhead
@@ -71,12 +72,8 @@ class Executor:
             raise ArtifactError(f"{artifact.file(MANIFEST)}: ready code without a {lacking}; compile the model again")
         load_kernels(artifact.file(code.kernels), code.shims)
         path = artifact.file(code.step)
-        try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-        except RuntimeError as error:
-            raise ArtifactError(f"{path}: cannot be loaded: {error}; compile the model again") from error
-        # Running before every constant is bound is a segmentation fault, so the names are compared first.
-        wanted = set(loader.get_constant_fqns())
+        step = CompiledStep(path)
+        wanted = step.constants
         if unknown := sorted(set(code.constants.values()) - self.constants.keys()):
             raise ArtifactError(f"{path}: wants the constant {unknown[0]!r}, which the artifact does not hold")
         try:
@@ -92,8 +89,8 @@ class Executor:
             raise ArtifactError(
                 f"{path}: wants the constant {missing[0]!r}, which the manifest does not map; compile the model again"
             )
-        loader.load_constants(bound, False, True, True)
-        return loader.run
+        step.bind(bound)
+        return step.run
 
     def _load_portable(self, artifact: Artifact) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         constants = {name: value.to(self.device) for name, value in self.constants.items()}
