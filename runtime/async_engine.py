@@ -20,7 +20,7 @@ from .request import Request
 from .stats import EngineStats
 
 logger = logging.getLogger("optc")
-DEFAULTS = {"decode_stretch": 2.0, "max_queued_requests": 1024}
+DEFAULTS = {"decode_stretch": 3.0, "max_queued_requests": 1024}
 
 
 class AsyncEngine:
@@ -37,7 +37,7 @@ class AsyncEngine:
         path: artifact folder.
         native, verify: as for `LLM`.
         **limits: fields of `EngineConfig`. By default up to 1,024 requests wait, and prompts run in chunks that at most
-            double the time between two tokens of the others (`decode_stretch=2`).
+            triple the time between two tokens of the others (`decode_stretch=3`).
 
     Raises:
         ArtifactError: the artifact is damaged or does not fit this machine.

@@ -151,7 +151,7 @@ def _throughput(artifact: Path, /, engine: dict[str, Any], json_file: Path | Non
 )
 @click.option("--concurrency", type=click.IntRange(1), help="Most requests at a time.")
 @click.option("--slo", default="", help="Limits that a good request keeps, such as ttft:500ms,tpot:50ms,e2e:10s.")
-@click.option("--decode-stretch", type=float, default=2.0, show_default=True, help="See `EngineConfig`.")
+@click.option("--decode-stretch", type=float, default=3.0, show_default=True, help="See `EngineConfig`.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write distributions of the times here, as PNG.")
 @_request_options
 @click.pass_obj
