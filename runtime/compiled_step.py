@@ -116,6 +116,45 @@ class CompiledStep:
             )
 
 
+class ProxiedStep:
+    """A compiled program that calls ops which have no C function, such as `optc::grouped_mm`.
+
+    PyTorch's loader finds them by name and calls them through the dispatcher. It holds Python's global lock meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        except RuntimeError as error:
+            raise ArtifactError(f"{path}: cannot be loaded: {error}; compile the model again") from error
+        self.constants = set(self._loader.get_constant_fqns())
+
+    def bind(self, constants: Mapping[str, Tensor]) -> None:
+        """As `CompiledStep.bind`."""
+        assert set(constants) == self.constants
+        self._loader.load_constants(dict(constants), False, True, True)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As `CompiledStep.run`, but for the lock."""
+        found: list[Tensor] = self._loader.run(list(inputs))
+        return found
+
+
+def load_step(path: Path) -> CompiledStep | ProxiedStep:
+    """The program of a package.
+
+    Raises:
+        ArtifactError: it cannot be loaded.
+    """
+    try:
+        with zipfile.ZipFile(path) as package:
+            # How to call such ops is in the one JSON file of a library that is not about its processor.
+            proxied = any(name.endswith(".json") and not name.endswith("_metadata.json") for name in package.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path}: cannot be loaded: {error}; compile the model again") from error
+    return ProxiedStep(path) if proxied else CompiledStep(path)
+
+
 def _handles(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """New handles of tensors, which belong to whoever gets them."""
     capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
@@ -126,10 +165,7 @@ def _load(path: Path) -> ctypes.CDLL:
     """The shared library in a package. It is mapped from a temporary file, which has no name any more afterwards."""
     try:
         with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory(prefix="optc") as folder:
-            names = package.namelist()
-            if calls := [name for name in names if name.endswith("extern_kernel_nodes.json")]:
-                raise ArtifactError(f"{path}: calls ops without C functions ({calls[0]}); compile the model again")
-            (library,) = [name for name in names if name.endswith(".so")]
+            (library,) = [name for name in package.namelist() if name.endswith(".so")]
             file = Path(folder) / "step.so"
             file.write_bytes(package.read(library))
             return ctypes.CDLL(str(file))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from . import huge_pages
 from .artifact import MANIFEST, Artifact
-from .compiled_step import CompiledStep
+from .compiled_step import load_step
 from .manifest import NativeCode
 from .ops.kernels import cpu_flags, load_kernels
 from .pages_ahead import PagesAhead
@@ -72,7 +72,7 @@ class Executor:
             raise ArtifactError(f"{artifact.file(MANIFEST)}: ready code without a {lacking}; compile the model again")
         load_kernels(artifact.file(code.kernels), code.shims)
         path = artifact.file(code.step)
-        step = CompiledStep(path)
+        step = load_step(path)
         wanted = step.constants
         if unknown := sorted(set(code.constants.values()) - self.constants.keys()):
             raise ArtifactError(f"{path}: wants the constant {unknown[0]!r}, which the artifact does not hold")
