@@ -11,6 +11,7 @@ values is free again within a step. With several worker processes each loads the
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -89,4 +90,4 @@ async def health(request: Request) -> dict[str, Any]:
     engine: AsyncEngine = request.app.state.engine
     if not engine.is_healthy:
         raise HTTPException(503, "the engine does not run")
-    return asdict(engine.stats())
+    return asdict(await asyncio.to_thread(engine.stats))  # which waits for the step that runs

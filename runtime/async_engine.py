@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from ..errors import ClosedError, RequestError
 from .llm import LLM, Message, Prompt, make_params
-from .params import SamplingParams
+from .params import RequestOptions, SamplingParams
 from .reader import CompletionReader, RequestOutput
 from .request import Request
 from .stats import EngineStats
@@ -97,8 +97,8 @@ class AsyncEngine:
         self._check_open()
         if chosen.structured is None:
             request = self.engine.add(ids, chosen, treatment)
-        else:  # a grammar takes a while to compile
-            request = await asyncio.to_thread(self.engine.add, ids, chosen, treatment)
+        else:
+            request = await self._add_elsewhere(ids, chosen, treatment)
         members = list(request.group)
         try:
             news = asyncio.Event()
@@ -120,6 +120,19 @@ class AsyncEngine:
             for member in members:
                 self._readers.pop(member, None)
             self.engine.abort(member for member in members if member.finish_reason is None)
+
+    async def _add_elsewhere(self, ids: list[int], params: SamplingParams, treatment: RequestOptions) -> Request:
+        """Add a request in another thread: a grammar takes a while to compile."""
+        adding = asyncio.ensure_future(asyncio.to_thread(self.engine.add, ids, params, treatment))
+        try:
+            return await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(self._drop)  # the thread goes on
+            raise
+
+    def _drop(self, added: asyncio.Future[Request]) -> None:
+        if not added.cancelled() and added.exception() is None:
+            self.engine.abort(added.result().group)
 
     def chat(
         self,

@@ -135,6 +135,7 @@ class Engine:
             OverloadedError: the queue is full.
         """
         ids = self._checked(prompt_token_ids, params)
+        self._refuse_if_full(len(ids))  # before its grammar is compiled
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         group = [
             self._constrainer.prepare(Request(0, ids, params, derived_seed(seed, number), list(ids), options))

@@ -42,7 +42,9 @@ class KVCacheManager:
             salt = request.options.cache_salt
             request.prefix_root = root_hash(salt if self.prefix_caching else f"{request.request_id}\n{salt}")
         parent = self._share_prefix(request) if request.params.prompt_logprobs is None else None
-        needed = self.most_blocks(request.num_tokens, chunk) - len(request.blocks)
+        if self.window:
+            self._give_back_unseen(request)
+        needed = self.most_blocks(request.num_tokens, chunk) - (len(request.blocks) - request.num_freed)
         if needed + spare > self.pool.num_free:
             self.release(request)
             return False

@@ -69,10 +69,15 @@ class CompletionText:
 
     def _held_back(self) -> int:
         """The length of the longest end of the text that a stop string begins with."""
-        for length in range(min(self._longest - 1, len(self._text) - self._searched), 0, -1):
-            if any(stop.startswith(self._text[-length:]) for stop in self._stop):
-                return length
-        return 0
+        end = len(self._text)
+        earliest = end
+        for stop in self._stop:
+            at = self._text.find(stop[0], max(self._searched, end - len(stop) + 1))
+            while 0 <= at < earliest and not stop.startswith(self._text[at:]):
+                at = self._text.find(stop[0], at + 1)
+            if at >= 0:
+                earliest = min(earliest, at)
+        return end - earliest
 
     def since(self, given: int) -> str:
         """What can be given out behind the first `given` characters."""

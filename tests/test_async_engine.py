@@ -114,6 +114,33 @@ def test_one_who_leaves_frees_the_blocks(how: str, artifact: Path) -> None:
     within(main())
 
 
+def test_cancelling_while_a_grammar_compiles(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine.engine.add
+    added = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        try:
+            return real(*arguments)
+        finally:
+            added.set()
+
+    async def main() -> None:
+        monkeypatch.setattr(engine.engine, "add", slow)
+        structured = StructuredOutput(regex="[a-z]{100}")
+        task = asyncio.create_task(read(engine.generate([5, 6], max_tokens=200, structured=structured)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(added.wait)
+        await settle(engine)
+
+    before = engine.stats().finished.get("abort", 0)
+    within(main())
+    assert engine.stats().finished["abort"] == before + 1
+
+
 def test_cancelling_n_completions_ends_all(engine: AsyncEngine) -> None:
     async def main() -> None:
         task = asyncio.create_task(read(engine.generate([5, 6], n=8, temperature=1, max_tokens=200, ignore_eos=True)))

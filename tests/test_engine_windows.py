@@ -87,3 +87,11 @@ def test_many_in_little_memory(make_windowed: Callable[..., Engine]) -> None:
     assert [request.output_token_ids for request in requests[:4]] == alone
     roomy = run(make_windowed(200), work)
     assert [r.output_token_ids for r in requests] == [r.output_token_ids for r in roomy]
+
+
+def test_a_cached_prefix_as_long_as_the_pool(make_windowed: Callable[..., Engine]) -> None:
+    engine = make_windowed(9, 16)
+    (first,) = run(engine, [([7] * 70, greedy(3))])
+    (again,) = run(engine, [([7] * 70 + [9] * 30, greedy(20))])
+    (alone,) = run(make_windowed(100, 16), [([7] * 70 + [9] * 30, greedy(20))])
+    assert again.output_token_ids == alone.output_token_ids and first.finish_reason == "length"

@@ -179,6 +179,22 @@ def test_blocks_behind_the_window_are_given_back() -> None:
     assert kv.most_blocks(30, 1) < kv.pool.blocks_for(30)
 
 
+def test_a_prefix_longer_than_the_pool_allows_leaves_room_for_what_follows() -> None:
+    """All blocks of a small pool hold the prefix; only those that the window reaches are taken."""
+    kv = manager(6, window=5)
+    item = admitted(kv, request(list(range(24))))
+    for upto in range(4, 25, 4):
+        assert kv.grow(item, upto)
+        kv.commit(item, upto)
+    kv.release(item)
+    assert kv.pool.num_cached == 6
+    longer = request(list(range(24)) + [30] * 6, 1)
+    assert kv.admit(longer, chunk=4, spare=0)
+    assert longer.num_computed == 24 and longer.num_freed == 5
+    kv.pool.check([longer.blocks[longer.num_freed :]])
+    assert kv.grow(longer, 30)
+
+
 def test_waste_is_what_blocks_hold_nothing_in() -> None:
     kv = manager()
     a = admitted(kv, request([1, 2, 3, 4, 5]))

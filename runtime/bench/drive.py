@@ -99,7 +99,7 @@ async def serve(
     on_request: Callable[[], None],
 ) -> tuple[dict[str, Any], list[Served]]:
     """Send requests as they arrive, at most `concurrency` at a time, and read their streams."""
-    before = engine.stats()
+    before = await asyncio.to_thread(engine.stats)
     places = asyncio.Semaphore(concurrency or len(tasks))
     started = time.perf_counter()
 
@@ -120,7 +120,7 @@ async def serve(
 
     served = await asyncio.gather(*(send(*pair) for pair in zip(tasks, arrivals, strict=True)))
     figures = summarize(served, time.perf_counter() - started, slo)
-    return figures | engine_figures(before, engine.stats()), served
+    return figures | engine_figures(before, await asyncio.to_thread(engine.stats)), served
 
 
 def engine_figures(before: EngineStats | None, after: EngineStats) -> dict[str, Any]:
