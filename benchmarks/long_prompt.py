@@ -9,6 +9,7 @@ reader gets; those from the arrival to the long prompt's first token count.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import statistics
 import time
@@ -50,7 +51,7 @@ async def measure(artifact: Path, running: int, prompt: int, tokens: int, stretc
         arrived, first = time.perf_counter(), list[float]()
         long = asyncio.create_task(stream(prompt, 2, first))
         await asyncio.gather(*tasks, long)
-    pairs = [pair for each in times for pair in zip(each, each[1:], strict=False)]
+    pairs = [pair for each in times for pair in itertools.pairwise(each)]
     report("before", [after - before for before, after in pairs if after < arrived])
     report("meanwhile", [after - before for before, after in pairs if arrived <= after <= first[0]])
     click.echo(f"time to first token of the long prompt: {first[0] - arrived:.1f} s")
