@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import numbers
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import ClosedError, DeadlineError, ExecutionError, OptcError, OverloadedError, RequestError, UsageError
+from ..errors import ClosedError, DeadlineError, ExecutionError, OptcError, OverloadedError, RequestError
 from .artifact import Artifact
 from .block_pool import BlockPool
 from .constrain import Constrainer
+from .engine_config import EngineConfig
 from .executor import Executor
 from .kv_cache import KVCacheManager
 from .kv_memory import num_blocks
@@ -30,50 +29,11 @@ from .stats import Counters, EngineStats
 from .step_costs import StepCosts
 from .step_inputs import pack
 from .tokenizer import Tokenizer
-from .waiting_queue import POLICIES, Policy, WaitingQueue
+from .waiting_queue import WaitingQueue
 
 logger = logging.getLogger("optc")
 _DEFAULT_OPTIONS = RequestOptions()
 PROMPT_LOGITS = 2**24  # most logits of prompt positions in a step: 64 MB
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        max_num_seqs: most sequences in a step.
-        max_num_batched_tokens: most tokens in a step; longer prompts run in chunks.
-        kv_cache_memory: bytes for the KV cache. None takes what `max_num_seqs` sequences of full length need, at most a
-            quarter of the memory that the weights leave available.
-        prefix_caching: whether requests reuse what others with the same beginning computed.
-        policy: who runs first: fcfs, priority or fair (between clients).
-        decode_stretch: a step that runs prompts besides takes at most so many times as long as the next tokens of the
-            running sequences alone; prompts run in smaller chunks then. None takes whole steps.
-        max_queued_requests, max_queued_tokens: in the queue, beyond which requests are refused; None is no limit.
-
-    Raises:
-        UsageError: a limit below 1, or an unknown policy.
-    """
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    kv_cache_memory: int | None = None
-    prefix_caching: bool = True
-    policy: Policy = "fcfs"
-    decode_stretch: float | None = None
-    max_queued_requests: int | None = None
-    max_queued_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}={value!r}: expected at least 1")
-        if self.policy not in POLICIES:
-            raise UsageError(f"policy={self.policy!r}: expected {', '.join(POLICIES)}")
-        if self.decode_stretch is not None and not 1 < self.decode_stretch < math.inf:
-            raise UsageError(f"decode_stretch={self.decode_stretch!r}: expected above 1, or None")
 
 
 class Engine:
@@ -243,7 +203,7 @@ class Engine:
             request = self._inbox.popleft()
             self.queue.enter(request)
             self.queue.push(request)
-            self._num_timed += _is_timed(request)
+            self._num_timed += request.is_timed
         while self._aborted:
             ended += self._finish(self._aborted.popleft(), "abort")
         return ended
@@ -253,7 +213,7 @@ class Engine:
         ended: list[Request] = []
         now = time.monotonic()
         for request in [*self.scheduler.running, *self.queue]:
-            if late := _late(request, now):
+            if late := request.late_for(now):
                 for member in [request, *request.forks]:
                     ended += self._finish(member, "timeout", DeadlineError(late))
         return ended
@@ -380,7 +340,7 @@ class Engine:
                 other.forks.remove(request)
         if all(other.finish_reason is not None or other is request for other in request.group):
             self.queue.leave(request)
-            self._num_timed -= _is_timed(request)
+            self._num_timed -= request.is_timed
         self._leave_queue(request)
         request.finished = time.monotonic()
         self.counters.finished[reason] += 1
@@ -444,17 +404,3 @@ class Engine:
                 for member in [request, *request.forks]:
                     self._finish(member, "abort")
         self._constrainer.close()
-
-
-def _is_timed(request: Request) -> bool:
-    return request.options.timeout is not None or request.options.queue_timeout is not None
-
-
-def _late(request: Request, now: float) -> str | None:
-    """What a request is too late for."""
-    options, waited = request.options, now - request.arrived
-    if options.timeout is not None and waited > options.timeout:
-        return f"the request did not end within {options.timeout:g} s"
-    if request.admitted is None and options.queue_timeout is not None and waited > options.queue_timeout:
-        return f"the request was not begun within {options.queue_timeout:g} s"
-    return None

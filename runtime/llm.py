@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from ..errors import RequestError
 from .artifact import open_artifact
-from .engine import Engine, EngineConfig
+from .engine import Engine
+from .engine_config import EngineConfig
 from .params import RequestOptions, SamplingParams, split_options
 from .reader import CompletionReader
 from .request import GenerationResult, Request

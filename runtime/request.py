@@ -74,6 +74,20 @@ class Request:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether it has a deadline."""
+        return self.options.timeout is not None or self.options.queue_timeout is not None
+
+    def late_for(self, now: float) -> str | None:
+        """What it is too late for at `now`, seconds of the monotonic clock; None if it is in time."""
+        options, waited = self.options, now - self.arrived
+        if options.timeout is not None and waited > options.timeout:
+            return f"the request did not end within {options.timeout:g} s"
+        if self.admitted is None and options.queue_timeout is not None and waited > options.queue_timeout:
+            return f"the request was not begun within {options.queue_timeout:g} s"
+        return None
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import optc
 from optc.runtime.artifact import file_sha256, open_artifact
-from optc.runtime.engine import Engine, EngineConfig
+from optc.runtime.engine import Engine
+from optc.runtime.engine_config import EngineConfig
 from optc.runtime.manifest import Manifest, checksum_of, identity_of
 
 from .engine_cases import BLOCK, BLOCK_BYTES, greedy, run

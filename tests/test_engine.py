@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from optc.errors import RequestError, UsageError
 from optc.runtime import LLM, SamplingParams, kv_memory
 from optc.runtime.artifact import open_artifact
-from optc.runtime.engine import Engine, EngineConfig
+from optc.runtime.engine import Engine
+from optc.runtime.engine_config import EngineConfig
 from optc.runtime.request import Request
 
 from .engine_cases import BLOCK, BLOCK_BYTES, LIMIT, VOCAB, check, check_empty, drain, greedy, run

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import optc
 from optc.errors import RequestError
 from optc.runtime.artifact import open_artifact
-from optc.runtime.engine import Engine, EngineConfig
+from optc.runtime.engine import Engine
+from optc.runtime.engine_config import EngineConfig
 
 from .engine_cases import drain, greedy, run
 

@@ -11,7 +11,8 @@ import pytest
 
 from optc.runtime import SamplingParams
 from optc.runtime.artifact import open_artifact
-from optc.runtime.engine import Engine, EngineConfig
+from optc.runtime.engine import Engine
+from optc.runtime.engine_config import EngineConfig
 
 from .engine_cases import BLOCK_BYTES, VOCAB, drain, greedy, run
 
