@@ -103,7 +103,7 @@ def test_without_native_nothing_native_is_loaded(native_artifact: Path, artifact
     for native in ("native", "portable"):
         found = probe(native_artifact, native)
         foreign = [name for name in found["maps"] if ".so" in name and str(native_artifact) in name]
-        extracted = [name for name in found["maps"] if name.endswith("wrapper.so")]
+        extracted = [name for name in found["maps"] if "step.so" in name]
         assert found["tokens"] == tokens(LLM(artifact))
         assert found["is_native"] is (native == "native")
         assert bool(foreign) is bool(extracted) is (native == "native")
@@ -117,7 +117,7 @@ def test_a_kernels_library_that_is_none(editable_native: Path, edit_manifest: Ed
     found = probe(editable_native, "native")
     assert found["error"].startswith("ArtifactError: cannot load the kernels library")
     assert "kernels.so" in found["error"]
-    assert not [name for name in found["maps"] if name.endswith("wrapper.so")]
+    assert not [name for name in found["maps"] if "step.so" in name]
     assert found["error"].endswith("compile the model again here")
 
 
