@@ -62,6 +62,17 @@ async def settle(engine: AsyncEngine) -> None:
     raise AssertionError("the engine still has work")
 
 
+def slow_down(engine: AsyncEngine) -> None:
+    """Steps take 5 ms at least, so that what is to happen in the midst of a request does."""
+    real = engine.engine.executor.run
+
+    def run(inputs: Any) -> Any:
+        time.sleep(0.005)
+        return real(inputs)
+
+    engine.engine.executor.run = run  # type: ignore[method-assign]
+
+
 def test_streams_give_what_generate_gives(engine: AsyncEngine, llm: LLM) -> None:
     prompts = ["The quick brown", "Où est la", "日本", "def f(x):"] * 4
     expected = llm.generate(prompts, max_tokens=24, logprobs=1, ignore_eos=True)
@@ -93,6 +104,7 @@ def test_chat(engine: AsyncEngine, llm: LLM) -> None:
 def test_one_who_leaves_frees_the_blocks(how: str, artifact: Path) -> None:
     async def main() -> None:
         async with AsyncEngine(artifact, max_num_seqs=1) as engine:
+            slow_down(engine)
             holder = asyncio.create_task(read(engine.generate([5, 6], max_tokens=200, ignore_eos=True)))
             await asyncio.sleep(0.05)
             if how == "break":
@@ -222,6 +234,7 @@ def test_deadlines(engine: AsyncEngine) -> None:
 def test_a_full_queue_refuses(artifact: Path) -> None:
     async def main() -> None:
         async with AsyncEngine(artifact, max_num_seqs=1, max_queued_requests=2) as engine:
+            slow_down(engine)
             tasks = [asyncio.create_task(read(engine.generate([5], max_tokens=250, ignore_eos=True))) for _ in range(8)]
             found = await asyncio.gather(*tasks, return_exceptions=True)
             refused = [each for each in found if isinstance(each, OverloadedError)]
@@ -259,6 +272,7 @@ def test_a_failed_step_fails_its_requests_and_no_others(artifact: Path, monkeypa
 def test_an_engine_that_dies_tells_everybody(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with AsyncEngine(artifact) as engine:
+            slow_down(engine)
 
             def schedule() -> Any:
                 raise AssertionError("a bug")
@@ -279,6 +293,7 @@ def test_an_engine_that_dies_tells_everybody(artifact: Path, monkeypatch: pytest
 def test_closing(drain: float, artifact: Path) -> None:
     async def main() -> None:
         engine = AsyncEngine(artifact)
+        slow_down(engine)
         task = asyncio.create_task(read(engine.generate([5, 6], max_tokens=250, ignore_eos=True)))
         await asyncio.sleep(0.05)
         closing = asyncio.create_task(asyncio.to_thread(engine.close, drain=drain))
