@@ -83,6 +83,7 @@ class Engine:
         self._queued_tokens = 0
         self._num_timed = 0
         self._is_closed = False
+        self._is_computed = False
         self._ids = itertools.count()
 
     def add(
@@ -94,6 +95,8 @@ class Engine:
             RequestError: the prompt is empty, holds ids out of range, or can never fit; or a parameter is wrong.
             OverloadedError: the queue is full.
         """
+        if self._is_closed:
+            raise ClosedError("the engine was closed")
         ids = self._checked(prompt_token_ids, params)
         self._refuse_if_full(len(ids))  # before its grammar is compiled
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
@@ -174,8 +177,8 @@ class Engine:
         """Run one step; the requests that got a token in it or ended. Those with a `finish_reason` have left the engine.
 
         What goes wrong ends requests and not the engine: a step that raises ends those that were in it, logits that are
-        not finite the one they belong to. Interrupted (KeyboardInterrupt), a step has not happened: its tokens are due
-        again.
+        not finite the one they belong to. Interrupted (KeyboardInterrupt) in the model, a step has not happened: its
+        tokens are due again; interrupted behind it, its requests end.
         """
         with self._lock:
             started = time.perf_counter()
@@ -189,6 +192,10 @@ class Engine:
                 except Exception as error:
                     logger.warning("a step of %d sequences failed", len(step), exc_info=error)
                     changed += self._fail(step, error)
+                except BaseException:
+                    if self._is_computed:  # half committed: its requests cannot go on
+                        self._fail(step, ExecutionError("the step was interrupted"))
+                    raise
                 if self._aborted:
                     changed += self._open_inbox()
                 self.counters.steps += 1
@@ -225,8 +232,10 @@ class Engine:
         if self.kv.pending_copies:
             self.executor.copy_blocks(self.kv.pending_copies)
             self.kv.pending_copies.clear()
+        self._is_computed = False
         started = time.perf_counter()
         logits = self.executor.run(inputs)
+        self._is_computed = True
         seconds = time.perf_counter() - started
 
         advanced: list[Request] = []

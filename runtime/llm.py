@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import RequestError
+from ..errors import ExecutionError, RequestError
 from .artifact import open_artifact
 from .engine import Engine
 from .engine_config import EngineConfig
@@ -143,9 +143,9 @@ class LLM:
     def _pieces(self, prompt: list[int], params: SamplingParams, treatment: RequestOptions) -> Iterator[str]:
         (request,) = self._add_all([prompt], params, treatment)
         reader = CompletionReader(request, self.tokenizer)
-        if params.echo:
-            yield self._need_tokenizer("echo").decode(prompt)
         try:
+            if params.echo:
+                yield self._need_tokenizer("echo").decode(prompt)
             while not reader.is_done:
                 # Other callers step the engine too, so there may be none or several new tokens.
                 output = reader.read()
@@ -194,6 +194,7 @@ class LLM:
 
         Raises:
             RequestError: fewer than two tokens, more than the context length, or ids out of range.
+            ExecutionError: the model failed.
         """
         limit = self.manifest.model.max_model_len
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
@@ -203,6 +204,8 @@ class LLM:
         results = self.generate(encoded, SamplingParams(max_tokens=0, prompt_logprobs=0), progress=progress)
         found: list[list[float]] = []
         for result in results:
+            if result.error is not None:
+                raise ExecutionError(result.error)
             assert result.prompt_logprobs is not None
             found.append(
                 [entry[token] for entry, token in zip(result.prompt_logprobs, result.prompt_token_ids[1:], strict=True)]

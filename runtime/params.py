@@ -184,7 +184,8 @@ class RequestOptions:
         _check("priority", self.priority, _is_int(self.priority) and abs(self.priority) < 2**31, "a 32-bit integer")
         for name in ("client", "cache_salt"):
             value = getattr(self, name)
-            _check(name, str(value)[:80], isinstance(value, str) and len(value) <= 256, "at most 256 characters")
+            right = isinstance(value, str) and len(value) <= 256 and not any("\ud800" <= c <= "\udfff" for c in value)
+            _check(name, str(value)[:80], right, "at most 256 characters of valid Unicode")
         for name in ("queue_timeout", "timeout"):
             value = getattr(self, name)
             right = value is None or (_is_number(value) and math.isfinite(value) and value > 0)

@@ -39,12 +39,14 @@ def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | No
         table = table[rows]
     reporting = [number for number, request in enumerate(requests) if request.params.logprobs is not None]
     reported = table[reporting] if reporting else None
-    _constrain(table, requests)
+    failures = _constrain(table, requests)
     likeliest: list[int] = table.argmax(-1).tolist()  # NaN counts as the largest
     chosen: list[int | OptcError] = list(likeliest)
     drawing = []
     for number, request in enumerate(requests):
-        if not math.isfinite(table[number, likeliest[number]]):
+        if number in failures:
+            chosen[number] = failures[number]
+        elif not math.isfinite(table[number, likeliest[number]]):
             chosen[number] = _failure(table[number], request)
         elif request.params.temperature > 0:
             drawing.append(number)
@@ -57,16 +59,23 @@ def sample(logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | No
     return chosen
 
 
-def _constrain(table: np.ndarray, requests: Sequence[Request]) -> None:
+def _constrain(table: np.ndarray, requests: Sequence[Request]) -> dict[int, OptcError]:
+    """Mask, bias and penalize rows; of those that cannot be (a grammar grew too complex), why."""
+    failures: dict[int, OptcError] = {}
     penalized, constraints = [], []
     for number, request in enumerate(requests):
         if request.constraints is not None:
-            request.constraints.mask(table[number], request.token_ids, request.num_output_tokens)
+            try:
+                request.constraints.mask(table[number], request.token_ids, request.num_output_tokens)
+            except OptcError as error:
+                failures[number] = error
+                continue
             if request.constraints.counts is not None:
                 penalized.append(number)
                 constraints.append(request.constraints)
     if penalized:
         penalize(table, penalized, constraints)
+    return failures
 
 
 def _failure(row: np.ndarray, request: Request) -> OptcError:

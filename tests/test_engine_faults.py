@@ -201,3 +201,45 @@ def test_a_closed_engine_takes_nothing(artifact: Any) -> None:
     with pytest.raises(ClosedError):
         llm.engine.add([5], greedy(5))
     llm.close()
+
+
+def test_a_grammar_that_grows_too_complex_ends_its_request_alone(
+    make: Callable[..., Engine], alone: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    victim = engine.add(PROMPTS[0], greedy(8))
+    complex_one = engine.add([5], SamplingParams(structured=StructuredOutput(regex="[a-z]+")))
+    assert complex_one.constraints is not None and complex_one.constraints.matcher is not None
+
+    def refuse(vocab_size: int) -> Any:
+        raise RequestError("structured output: too complex")
+
+    monkeypatch.setattr(complex_one.constraints.matcher, "allowed", refuse)
+    drain(engine, [victim, complex_one])
+    assert complex_one.finish_reason == "error" and "too complex" in str(complex_one.error)
+    assert victim.output_token_ids == alone(PROMPTS[0], 8)
+
+
+def test_an_interrupt_behind_the_model_ends_the_steps_requests(
+    make: Callable[..., Engine], alone: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    requests = [engine.add(prompt, greedy(8)) for prompt in PROMPTS[:2]]
+    engine.step()
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_accept", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert [request.finish_reason for request in requests] == ["error", "error"]
+    check_empty(engine)
+    assert run(engine, [(PROMPTS[0], greedy(8))])[0].output_token_ids == alone(PROMPTS[0], 8)
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "client"])
+def test_names_that_are_no_unicode(name: str) -> None:
+    with pytest.raises(RequestError, match="Unicode"):
+        RequestOptions(**{name: "\ud800"})
