@@ -16,7 +16,7 @@ class _ByteSize(click.ParamType[int]):
         number = text.rstrip("bgikm")
         try:
             return int(float(number) * self.UNITS[text[len(number) :]])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError):
             self.fail(f"{value!r}: expected a number of bytes such as 4GiB or 500MB", param, ctx)
 
 

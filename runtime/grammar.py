@@ -110,7 +110,7 @@ class GrammarCompiler:
                 self._kept[kind, text] = llguidance.LLMatcher(
                     self._tokenizer, self._grammar_of(kind, text), log_level=0
                 )
-                if len(self._kept) > CACHED:
+                while len(self._kept) > CACHED:
                     self._kept.popitem(last=False)
             self._kept.move_to_end((kind, text))
             return Matcher(self._kept[kind, text].deep_copy())

@@ -125,8 +125,8 @@ class SamplingParams:
         _check("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= 0, "0 (all) or more")
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1")
         _check_number("min_p", self.min_p, 0, 1)
-        penalty = _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10
-        _check("repetition_penalty", self.repetition_penalty, penalty, "above 0, at most 10")
+        penalty = _is_number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 10
+        _check("repetition_penalty", self.repetition_penalty, penalty, "0.01 to 10")
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         seed = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)

@@ -63,6 +63,11 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         self._members.pop(request, None)
+        client = self._client(request)
+        heap = self._heaps.get(client, [])
+        if len(heap) > 2 * len(self._members) + 16:  # mostly requests that were taken out of the middle
+            self._heaps[client] = [entry for entry in heap if entry[2] in self._members]
+            heapq.heapify(self._heaps[client])
 
     def enter(self, request: Request) -> None:
         """A request comes to the engine; its client is present from now on."""
@@ -72,11 +77,13 @@ class WaitingQueue:
         self._present[client] = self._present.get(client, 0) + 1
 
     def leave(self, request: Request) -> None:
-        """A request left the engine. Clients of which nothing is left are forgotten."""
+        """A request left the engine. A client of which nothing is left is forgotten unless it is ahead of the others."""
         client = self._client(request)
         self._present[client] -= 1
         if not self._present[client]:
             del self._present[client]
+            if self._served.get(client, 0) <= min(self._served_by_present(), default=0):
+                self._served.pop(client, None)  # it would start there anyway
         if not self._present:
             self._served.clear()  # all start anew
 

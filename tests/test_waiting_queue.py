@@ -113,3 +113,15 @@ def test_costs_follow_what_is_measured() -> None:
     for _ in range(40):
         costs.add(16, 0.040)
     assert costs.seconds(16) == pytest.approx(0.040, rel=1e-3)
+
+
+def test_requests_taken_out_of_the_middle_are_let_go() -> None:
+    queue = WaitingQueue("priority")
+    fill(queue, request(0, -1))
+    for number in range(1, 500):
+        each = request(number, 5)
+        fill(queue, each)
+        queue.remove(each)
+        queue.leave(each)
+    assert sum(map(len, queue._heaps.values())) < 30
+    assert take_all(queue) == [0]

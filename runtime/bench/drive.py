@@ -24,12 +24,14 @@ def latency(llm: LLM, tasks: Sequence[Task], *, rounds: int, warmup: int) -> dic
     times: list[float] = []
     firsts: list[float] = []
     steps: list[float] = []
+    generated = 0
     for number in range(warmup + rounds):
         engine.reset_prefix_cache()
         requests = [engine.add(task.prompt, _params(task)) for task in tasks]
         started = time.perf_counter()
         first: float | None = None
         gaps: list[float] = []
+        begun = 0
         before = started
         while any(request.finish_reason is None for request in requests):
             engine.step()
@@ -37,14 +39,15 @@ def latency(llm: LLM, tasks: Sequence[Task], *, rounds: int, warmup: int) -> dic
             if first is not None:
                 gaps.append(now - before)
             elif all(request.num_output_tokens for request in requests):
-                first = now
+                first, begun = now, sum(request.num_output_tokens for request in requests)
             before = now
         if number >= warmup:
             times.append(before - started)
             firsts.append((first or before) - started)
             steps += gaps
-    for request in requests:
-        _check(request.error)
+            generated += sum(request.num_output_tokens for request in requests) - begun
+        for request in requests:
+            _check(request.error)
     found = {
         "batch": len(tasks),
         "rounds": rounds,
@@ -54,7 +57,7 @@ def latency(llm: LLM, tasks: Sequence[Task], *, rounds: int, warmup: int) -> dic
     if steps:
         found |= {
             "step_ms": distribution(steps),
-            "output_tokens_per_second": len(tasks) / statistics.median(steps),
+            "output_tokens_per_second": generated / sum(steps),
         }
     return found | engine_figures(None, llm.stats())
 
