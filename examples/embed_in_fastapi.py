@@ -5,8 +5,8 @@
     OPTC_ARTIFACT=build/tiny.optc uvicorn --app-dir examples embed_in_fastapi:app
     curl -N localhost:8000/complete -d '{"prompt": "def main(", "stream": true}' -H 'content-type: application/json'
 
-The engine lives as long as the application. A client that goes away ends its request, and the memory of its keys and
-values is free again within a step. With several worker processes each loads the model; one process uses all cores.
+The engine lives as long as the application. A client that goes away once its answer has begun ends its request, and the memory of
+its keys and values is free again within a step; one that goes before that ends with the request's timeout. With several worker processes each loads the model; one process uses all cores.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ async def pieces(first: RequestOutput, rest: AsyncGenerator[RequestOutput, None]
         yield first.text
         async for output in rest:
             yield output.text
+            if output.error is not None:
+                raise RuntimeError(output.error)  # the connection breaks off, or the answer would look complete
     finally:
         await rest.aclose()
 

@@ -65,7 +65,7 @@ class AsyncEngine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine's thread is there. `stats().seconds_since_step` tells whether it gets on."""
+        """Whether the engine's thread is there. `engine.seconds_since_step` tells whether it gets on."""
         return self._failure is None and self._close_at is None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:

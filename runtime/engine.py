@@ -343,6 +343,8 @@ class Engine:
             self._promote(request)
         if request.text is not None:
             request.text.catch_up(request.token_ids, ended=True)
+            if reason == "length" and request.text.is_stopped:  # by the last, unfinished character
+                reason = "stop"
         self.scheduler.finish(request)
         for other in request.group:
             if request in other.forks:
@@ -377,8 +379,14 @@ class Engine:
         with self._lock:
             self.pool.forget_all()
 
+    @property
+    def seconds_since_step(self) -> float | None:
+        """Since the last step ended; None before the first. Waits for nothing, so it tells of an engine that hangs."""
+        last = self.counters.last_step
+        return None if last is None else time.monotonic() - last
+
     def stats(self) -> EngineStats:
-        """How the engine stands, between two steps."""
+        """How the engine stands, between two steps; waits for the one that runs."""
         with self._lock:
             counters, pool = self.counters, self.pool
             wasted, slots = self.kv.num_wasted_slots(self.scheduler.running)
@@ -400,7 +408,6 @@ class Engine:
                 steps=counters.steps,
                 step_seconds=counters.step_seconds,
                 model_seconds=counters.model_seconds,
-                seconds_since_step=None if counters.last_step is None else time.monotonic() - counters.last_step,
             )
 
     def close(self) -> None:

@@ -20,8 +20,9 @@ class EngineConfig:
             quarter of the memory that the weights leave available.
         prefix_caching: whether requests reuse what others with the same beginning computed.
         policy: who runs first: fcfs, priority or fair (between clients).
-        decode_stretch: a step that runs prompts besides takes at most so many times as long as the next tokens of the
-            running sequences alone; prompts run in smaller chunks then. None takes whole steps.
+        decode_stretch: a step that runs prompts besides aims to take at most so many times as long as the next tokens of the
+            running sequences alone, by what steps of so many tokens took; prompts run in smaller chunks then. None takes
+            whole steps.
         max_queued_requests, max_queued_tokens: in the queue, beyond which requests are refused; None is no limit.
 
     Raises:

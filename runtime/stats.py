@@ -18,10 +18,9 @@ class EngineStats:
         prefix_hit_rate: share of the prompt tokens that were found in the prefix cache.
         evictions, block_copies, preemptions: since the engine was made.
         prompt_tokens, generated_tokens: that ran; prompt tokens from the cache are not among them.
-        finished: requests by finish_reason.
+        finished: completions by finish_reason.
         steps: how many.
         step_seconds, model_seconds: in steps, and of those in the step program.
-        seconds_since_step: None before the first. Large while requests are running, it says that the engine hangs.
     """
 
     num_running: int
@@ -41,7 +40,6 @@ class EngineStats:
     steps: int
     step_seconds: float
     model_seconds: float
-    seconds_since_step: float | None
 
     @property
     def prefix_hit_rate(self) -> float:

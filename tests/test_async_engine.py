@@ -339,7 +339,7 @@ def test_the_process_ends_though_requests_run(artifact: Path) -> None:
 
 def test_progress(engine: AsyncEngine) -> None:
     def check(stats: Callable[[], Any]) -> None:
-        assert stats().seconds_since_step is not None and stats().generated_tokens > 0
+        assert engine.engine.seconds_since_step is not None and stats().generated_tokens > 0
 
     within(read(engine.generate("a", max_tokens=3)))
     check(engine.stats)

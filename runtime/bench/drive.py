@@ -14,7 +14,7 @@ from ..async_engine import AsyncEngine
 from ..llm import LLM
 from ..params import SamplingParams
 from ..stats import EngineStats
-from .figures import Served, distribution, summarize
+from .figures import Served, distribution, rates, summarize
 from .workload import Task
 
 
@@ -81,12 +81,7 @@ def throughput(llm: LLM, tasks: Sequence[Task], *, on_request: Callable[[], None
     generated = sum(request.num_output_tokens for request in requests)
     return {
         "requests": len(tasks),
-        "seconds": seconds,
-        "prompt_tokens": prompts,
-        "generated_tokens": generated,
-        "requests_per_second": len(tasks) / seconds,
-        "output_tokens_per_second": generated / seconds,
-        "total_tokens_per_second": (prompts + generated) / seconds,
+        **rates(len(tasks), prompts, generated, seconds),
         "kv_waste": statistics.fmean(wastes) if wastes else 0.0,
         **engine_figures(before, llm.stats()),
     }

@@ -84,12 +84,7 @@ def summarize(served: Sequence[Served], seconds: float, slo: dict[str, float]) -
     found: dict[str, Any] = {
         "requests": len(served),
         "failed": len(served) - len(done),
-        "seconds": seconds,
-        "prompt_tokens": prompts,
-        "generated_tokens": generated,
-        "requests_per_second": len(done) / seconds,
-        "output_tokens_per_second": generated / seconds,
-        "total_tokens_per_second": (prompts + generated) / seconds,
+        **rates(len(done), prompts, generated, seconds),
         **{f"{name}_ms": distribution(values) for name, values in times.items() if values},
     }
     if slo:
@@ -97,6 +92,18 @@ def summarize(served: Sequence[Served], seconds: float, slo: dict[str, float]) -
         found |= {"slo_ms": {name: limit * 1e3 for name, limit in slo.items()}, "goodput": good / seconds}
         found["goodput_share"] = good / len(served)
     return found
+
+
+def rates(done: int, prompt_tokens: int, generated_tokens: int, seconds: float) -> dict[str, Any]:
+    """Requests and tokens a second."""
+    return {
+        "seconds": seconds,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated_tokens,
+        "requests_per_second": done / seconds,
+        "output_tokens_per_second": generated_tokens / seconds,
+        "total_tokens_per_second": (prompt_tokens + generated_tokens) / seconds,
+    }
 
 
 def _keeps(one: Served, slo: dict[str, float]) -> bool:
