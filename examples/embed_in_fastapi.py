@@ -6,7 +6,8 @@
     curl -N localhost:8000/complete -d '{"prompt": "def main(", "stream": true}' -H 'content-type: application/json'
 
 The engine lives as long as the application. A client that goes away once its answer has begun ends its request, and the memory of
-its keys and values is free again within a step; one that goes before that ends with the request's timeout. With several worker processes each loads the model; one process uses all cores.
+its keys and values is free again within a step; one that goes before that ends with the request's timeout.
+With several worker processes each loads the model; one process uses all cores.
 """
 
 from __future__ import annotations
