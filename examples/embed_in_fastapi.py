@@ -5,8 +5,8 @@
     OPTC_ARTIFACT=build/tiny.optc uvicorn --app-dir examples embed_in_fastapi:app
     curl -N localhost:8000/complete -d '{"prompt": "def main(", "stream": true}' -H 'content-type: application/json'
 
-The engine lives as long as the application. A client that goes away once its answer has begun ends its request, and the memory of
-its keys and values is free again within a step; one that goes before that ends with the request's timeout.
+The engine lives as long as the application. A client that goes away ends its request within half a second, and the memory of
+its keys and values is free again within a step.
 With several worker processes each loads the model; one process uses all cores.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -56,35 +56,61 @@ async def complete(body: Body, request: Request) -> dict[str, Any] | StreamingRe
     outputs = engine.generate(
         body.prompt, max_tokens=body.max_tokens, temperature=body.temperature, stop=body.stop, timeout=60
     )
+    watched = while_connected(outputs, request)
     try:
-        first = await anext(outputs)  # what is wrong with a request shows here, before anything was answered
+        first = await anext(watched)  # what is wrong with a request shows here, before anything was answered
+    except StopAsyncIteration as gone:
+        raise HTTPException(499, "the client went away") from gone
     except OverloadedError as error:
         raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
     except ClosedError as error:
         raise HTTPException(503, str(error)) from error
     except OptcError as error:
         raise HTTPException(400, str(error)) from error
+    check(first)
     if body.stream:
-        return StreamingResponse(pieces(first, outputs), media_type="text/plain")
+        return StreamingResponse(pieces(first, watched), media_type="text/plain")
     text, last = first.text, first
-    async for last in outputs:
+    async for last in watched:
+        check(last)
         text += last.text
-        if await request.is_disconnected():
-            await outputs.aclose()
-            break
-    return {"text": text, "finish_reason": last.finish_reason, "error": last.error}
+    return {"text": text, "finish_reason": last.finish_reason}
+
+
+async def while_connected(
+    outputs: AsyncGenerator[RequestOutput, None], request: Request
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs, as long as the client is there to get them; closing `outputs` ends the request."""
+    async with aclosing(outputs):
+        while True:
+            coming = asyncio.ensure_future(anext(outputs, None))
+            try:
+                while not (await asyncio.wait([coming], timeout=0.5))[0]:
+                    if await request.is_disconnected():
+                        return
+            finally:
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait([coming])
+            if (output := coming.result()) is None:
+                return
+            yield output
+
+
+def check(output: RequestOutput) -> None:
+    """Refuse to answer what went wrong on the way as if it were whole."""
+    if output.error is not None:
+        raise HTTPException(504 if output.finish_reason == "timeout" else 500, output.error)
 
 
 async def pieces(first: RequestOutput, rest: AsyncGenerator[RequestOutput, None]) -> AsyncIterator[str]:
     """Texts as they come. Starlette closes this when the client goes, which ends the request."""
-    try:
+    async with aclosing(rest):
         yield first.text
         async for output in rest:
             yield output.text
             if output.error is not None:
                 raise RuntimeError(output.error)  # the connection breaks off, or the answer would look complete
-    finally:
-        await rest.aclose()
 
 
 @app.get("/health")

@@ -7,12 +7,14 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ClosedError, RequestError
+from .grammar import MOST_WAITING
 from .llm import LLM, Message, Prompt, make_params
 from .params import RequestOptions, SamplingParams
 from .reader import CompletionReader, RequestOutput
@@ -20,7 +22,8 @@ from .request import Request
 from .stats import EngineStats
 
 logger = logging.getLogger("optc")
-DEFAULTS = {"decode_stretch": 3.0, "max_queued_requests": 1024}
+DEFAULTS = {"decode_stretch": 3.0, "max_queued_requests": 1024, "max_queued_tokens": 2**22}
+LONG_PROMPT = 20_000  # characters or tokens, which take milliseconds
 
 
 class AsyncEngine:
@@ -36,8 +39,8 @@ class AsyncEngine:
     Args:
         path: artifact folder.
         native, verify: as for `LLM`.
-        **limits: fields of `EngineConfig`. By default up to 1,024 requests wait, and prompts run in chunks that at most
-            triple the time between two tokens of the others (`decode_stretch=3`).
+        **limits: fields of `EngineConfig`. By default up to 1,024 requests or 4 million tokens wait, and prompts run in
+            chunks that at most triple the time between two tokens of the others (`decode_stretch=3`).
 
     Raises:
         ArtifactError: the artifact is damaged or does not fit this machine.
@@ -51,6 +54,8 @@ class AsyncEngine:
         self._readers: dict[Request, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._close_at: float | None = None
         self._failure: BaseException | None = None
+        # More threads than grammars may wait, so that what needs no compiling finds one.
+        self._helpers = ThreadPoolExecutor(MOST_WAITING + 4, "optc helper")
         self._thread = threading.Thread(target=self._run, name="optc engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a daemon thread must not be inside a kernel when the interpreter goes
@@ -91,14 +96,10 @@ class AsyncEngine:
             ClosedError: the engine was closed or has died.
         """
         chosen, treatment = make_params(params, options)
-        ids = self.llm.encode(prompt)
         if chosen.echo:
             raise RequestError("echo=True: a stream begins with the completion; the prompt is known")
         self._check_open()
-        if chosen.structured is None:
-            request = self.engine.add(ids, chosen, treatment)
-        else:
-            request = await self._add_elsewhere(ids, chosen, treatment)
+        request = await self._add(prompt, chosen, treatment)
         members = list(request.group)
         try:
             news = asyncio.Event()
@@ -119,20 +120,32 @@ class AsyncEngine:
         finally:
             for member in members:
                 self._readers.pop(member, None)
-            self.engine.abort(member for member in members if member.finish_reason is None)
+            self._abort(members)
 
-    async def _add_elsewhere(self, ids: list[int], params: SamplingParams, treatment: RequestOptions) -> Request:
-        """Add a request in another thread: a grammar takes a while to compile."""
-        adding = asyncio.ensure_future(asyncio.to_thread(self.engine.add, ids, params, treatment))
+    async def _add(self, prompt: Prompt, params: SamplingParams, treatment: RequestOptions) -> Request:
+        """Add a request: in a thread of its own if that takes long, as compiling a grammar does, or a long text."""
+
+        def add() -> Request:
+            return self.engine.add(self.llm.encode(prompt), params, treatment)
+
+        is_long = isinstance(prompt, Sized) and len(prompt) >= LONG_PROMPT
+        if params.structured is None and not params.bad_words and not is_long:
+            return add()
+        adding = self._helpers.submit(add)
         try:
-            return await asyncio.shield(adding)
-        except asyncio.CancelledError:
-            adding.add_done_callback(self._drop)  # the thread goes on
+            return await asyncio.wrap_future(adding)
+        except BaseException:  # who asked is gone, but the thread goes on
+            adding.add_done_callback(self._drop)
             raise
 
-    def _drop(self, added: asyncio.Future[Request]) -> None:
+    def _drop(self, added: Future[Request]) -> None:
         if not added.cancelled() and added.exception() is None:
-            self.engine.abort(added.result().group)
+            self._abort(added.result().group)
+
+    def _abort(self, requests: Iterable[Request]) -> None:
+        self.engine.abort(request for request in requests if request.finish_reason is None)
+        with self._wake:
+            self._wake.notify()
 
     def chat(
         self,
@@ -158,6 +171,7 @@ class AsyncEngine:
             self._close_at = time.monotonic() + drain
             self._wake.notify()
         self._thread.join()
+        self._helpers.shutdown(wait=False, cancel_futures=True)
         self.llm.close()
         self._tell(list(self._readers))
         atexit.unregister(self.close)
@@ -201,7 +215,7 @@ class AsyncEngine:
                 gone = [request for request, reader in list(self._readers.items()) if reader[0] is loop]
                 for request in gone:
                     self._readers.pop(request, None)
-                self.engine.abort(gone)
+                self._abort(gone)
 
 
 def _set_all(events: set[asyncio.Event]) -> None:

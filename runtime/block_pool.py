@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,11 +60,13 @@ class BlockPool:
 
     def __post_init__(self) -> None:
         self.num_touched = 0  # blocks up to here have been used
-        self._references = [0] * self.num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
+        self._references: list[int] = []
+        self._free: OrderedDict[int, None] = OrderedDict()
         self._cached: dict[int, _Cached] = {}
         self._by_digest: dict[bytes, int] = {}
-        self._children: dict[bytes, list[int]] = {}
+        # Of each prefix, the cached blocks behind it in order of their tokens, to find the one that begins most alike.
+        self._children: dict[bytes, list[tuple[tuple[int, ...], int]]] = {}
+        self.reset()
 
     @property
     def num_free(self) -> int:
@@ -112,7 +115,7 @@ class BlockPool:
         if digest not in self._by_digest and block not in self._cached:
             self._cached[block] = _Cached(digest, parent, tuple(token_ids))
             self._by_digest[digest] = block
-            self._children.setdefault(parent, []).append(block)
+            insort(self._children.setdefault(parent, []), (tuple(token_ids), block))
 
     def find(self, digest: bytes, parent: bytes, token_ids: Sequence[int]) -> int | None:
         """The cached block of this digest, if it holds these tokens behind the same prefix."""
@@ -124,12 +127,21 @@ class BlockPool:
 
     def find_beginning(self, parent: bytes, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """A cached block that begins as `token_ids` do, behind the same prefix, and for how many tokens; the longest."""
-        best: tuple[int, int] | None = None
-        for block in self._children.get(parent, ()):
-            count = _common(self._cached[block].token_ids, token_ids)
-            if count > (best[1] if best else 0):
-                best = (block, count)
-        return best
+        siblings = self._children.get(parent, [])
+        place = bisect_left(siblings, (tuple(token_ids),))
+        neighbours = siblings[
+            max(0, place - 1) : place + 1
+        ]  # in order of tokens, the most alike are next to each other
+        best = max(neighbours, key=lambda each: _common(each[0], token_ids), default=None)
+        if best is None or (count := _common(best[0], token_ids)) == 0:
+            return None
+        return best[1], count
+
+    def reset(self) -> None:
+        """All blocks are free, and nothing can be found: whatever broke off in the midst of its bookkeeping."""
+        self._references = [0] * self.num_blocks
+        self._free = OrderedDict.fromkeys(range(self.num_blocks))
+        self._cached, self._by_digest, self._children = {}, {}, {}
 
     def forget_all(self) -> None:
         """Empty the prefix cache; sequences keep their blocks."""
@@ -140,7 +152,7 @@ class BlockPool:
         found = self._cached.pop(block)
         del self._by_digest[found.digest]
         siblings = self._children[found.parent]
-        siblings.remove(block)
+        del siblings[bisect_left(siblings, (found.token_ids, block))]
         if not siblings:
             del self._children[found.parent]
 
@@ -153,8 +165,10 @@ class BlockPool:
         assert counted == self._references, "every reference is a sequence's"
         assert {block for block in range(self.num_blocks) if not counted[block]} == set(self._free)
         assert self._by_digest == {found.digest: block for block, found in self._cached.items()}
-        children = {block for blocks in self._children.values() for block in blocks}
-        assert children == set(self._cached) and sum(map(len, self._children.values())) == len(children)
+        children = sorted(block for siblings in self._children.values() for _, block in siblings)
+        assert children == sorted(self._cached)
+        for siblings in self._children.values():
+            assert siblings == sorted(siblings) and all(self._cached[block].token_ids == ids for ids, block in siblings)
         assert all(len(found.token_ids) == self.block_size for found in self._cached.values())
 
 

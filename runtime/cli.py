@@ -81,24 +81,26 @@ def run_command(
     }
     if any(value is not None for value in structured.values()):
         sampling["structured"] = StructuredOutput(**structured)
-    llm = _load(artifact, native=not no_native, verify=verify, quiet=quiet, kv_cache_memory=kv_cache_memory)
-    loaded = time.perf_counter() - started
-    options = {"max_tokens": max_tokens, **_sampling(llm.manifest.generation, sampling)}
-    started = time.perf_counter()
-    if token_ids is not None:
-        result = llm.generate(_parse_ids(token_ids), **options)[0]
-        if result.error is not None:
-            raise RequestError(result.error)
-        click.echo(",".join(map(str, result.token_ids)))
-    elif chat and prompt is None:
-        llm.chat_prompt([{"role": "user", "content": "?"}])  # no chat template: say so before the first line is typed
-        _converse(llm, options)
-    else:
-        assert prompt is not None
-        text = _read_stdin() if prompt == "-" else prompt
-        _print_stream(llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, **options))
-    if not quiet:
+    with _load(artifact, native=not no_native, verify=verify, quiet=quiet, kv_cache_memory=kv_cache_memory) as llm:
+        loaded = time.perf_counter() - started
+        options = {"max_tokens": max_tokens, **_sampling(llm.manifest.generation, sampling)}
+        started = time.perf_counter()
+        if token_ids is not None:
+            result = llm.generate(_parse_ids(token_ids), **options)[0]
+            if result.error is not None:
+                raise RequestError(result.error)
+            click.echo(",".join(map(str, result.token_ids)))
+        elif chat and prompt is None:
+            llm.chat_prompt(
+                [{"role": "user", "content": "?"}]
+            )  # no chat template: say so before the first line is typed
+            _converse(llm, options)
+        else:
+            assert prompt is not None
+            text = _read_stdin() if prompt == "-" else prompt
+            _print_stream(llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, **options))
         count, seconds = llm.engine.counters.generated_tokens, time.perf_counter() - started
+    if not quiet:
         click.echo(
             f"[loaded in {loaded:.2f} s; {count} tokens in {seconds:.2f} s, {count / seconds:.0f} a second]", err=True
         )

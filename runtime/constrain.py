@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from ..errors import RequestError
 from .artifact import Artifact
-from .grammar import GrammarCompiler
+from .grammar import GrammarCompiler, Matcher
 from .logits import Constraints, check_token_ids
 from .request import Request
 from .text import CompletionText
@@ -23,18 +24,25 @@ class Constrainer:
         self._compiler: GrammarCompiler | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, request: Request) -> Request:
-        """Fill in `end_ids`, `constraints` and `text` of a new request.
+    def prepare(self, group: Sequence[Request]) -> None:
+        """Fill in `end_ids`, `constraints` and `text` of the new completions of a prompt.
 
         Raises:
             RequestError: a token id out of range, bad words without tokens, a grammar that cannot be used, or something
                 that needs a tokenizer where the artifact has none.
+            OverloadedError: too many grammars wait to be compiled.
             UsageError: llguidance is not installed, and there is a grammar.
         """
-        params = request.params
+        params, structured = group[0].params, group[0].params.structured
         check_token_ids(params, self._vocab_size)
         ends = frozenset(params.stop_token_ids)
-        request.end_ids = ends if params.ignore_eos else ends | self._end_ids
+        bad_words = self._bad_words(params.bad_words) if params.bad_words else ()
+        for request in group:
+            request.end_ids = ends if params.ignore_eos else ends | self._end_ids
+            self._prepare(request, bad_words, self._grammars().matcher(structured) if structured else None)
+
+    def _prepare(self, request: Request, bad_words: Sequence[Sequence[int]], matcher: Matcher | None) -> None:
+        params = request.params
         if params.stop:
             request.text = CompletionText(
                 self._need_tokenizer("stop").detokenizer(request.prompt_token_ids),
@@ -44,25 +52,23 @@ class Constrainer:
                 min_tokens=params.min_tokens,
             )
         if Constraints.are_wanted(params):
-            structured = params.structured
             request.constraints = Constraints(
                 params,
                 request.prompt_token_ids,
                 end_ids=request.end_ids,
-                bad_words=self._bad_words(params.bad_words) if params.bad_words else (),
-                matcher=self._grammars().matcher(structured) if structured is not None else None,
+                bad_words=bad_words,
+                matcher=matcher,
                 vocab_size=self._vocab_size,
             )
-        return request
 
     def close(self) -> None:
         if self._compiler is not None:
             self._compiler.close()
 
-    def _bad_words(self, words: object) -> list[list[int]]:
+    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
         tokenizer = self._need_tokenizer("bad_words")
         found: list[list[int]] = []
-        for word in words:  # type: ignore[attr-defined]
+        for word in words:
             forms = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
             if not forms[0]:
                 raise RequestError(f"bad_words: {word!r} has no tokens")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import numbers
-import os
+import math
 import threading
 import time
 from collections import deque
@@ -13,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ..errors import ClosedError, DeadlineError, ExecutionError, OptcError, OverloadedError, RequestError
+from ..errors import ClosedError, DeadlineError, ExecutionError, OptcError
+from .admission import Admission
 from .artifact import Artifact
 from .block_pool import BlockPool
 from .constrain import Constrainer
@@ -22,8 +22,8 @@ from .executor import Executor
 from .kv_cache import KVCacheManager
 from .kv_memory import num_blocks
 from .params import RequestOptions, SamplingParams
-from .request import FinishReason, Request
-from .sampler import derived_seed, report_logprobs, sample
+from .request import FinishReason, Logprobs, Request
+from .sampler import NOT_FINITE, report_logprobs, sample
 from .scheduler import Scheduled, Scheduler
 from .stats import Counters, EngineStats
 from .step_costs import StepCosts
@@ -74,16 +74,16 @@ class Engine:
         record = manifest.tokenizer
         self.tokenizer = Tokenizer(artifact.path, record) if record else None
         self._constrainer = Constrainer(artifact, self.tokenizer)
+        self.admission = Admission(manifest, config, self.kv, self._constrainer)
         self.counters = Counters()
         self._lock = threading.Lock()  # who steps
-        self._door = threading.Lock()  # the inbox and the queue's size, held for microseconds
+        self._door = threading.Lock()  # who comes in, held for microseconds
         self._inbox: deque[Request] = deque()
         self._aborted: deque[Request] = deque()
-        self._queued: dict[Request, None] = {}
-        self._queued_tokens = 0
-        self._num_timed = 0
+        self._timed: dict[Request, None] = {}  # those with a deadline, and when the first of these is
+        self._next_deadline = math.inf
         self._is_closed = False
-        self._is_computed = False
+        self._phase = "schedule"  # then "model", then "commit": where a step is
         self._ids = itertools.count()
 
     def add(
@@ -93,73 +93,22 @@ class Engine:
 
         Raises:
             RequestError: the prompt is empty, holds ids out of range, or can never fit; or a parameter is wrong.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or too many grammars wait to be compiled.
+            ClosedError: the engine was closed.
         """
+        self._check_open()
+        group = self.admission.make(prompt_token_ids, params, options)
+        with self._door:
+            self._check_open()
+            self.admission.enter(group[0])
+            for request in group:
+                request.request_id = next(self._ids)
+            self._inbox.append(group[0])
+        return group[0]
+
+    def _check_open(self) -> None:
         if self._is_closed:
             raise ClosedError("the engine was closed")
-        ids = self._checked(prompt_token_ids, params)
-        self._refuse_if_full(len(ids))  # before its grammar is compiled
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
-        group = [
-            self._constrainer.prepare(Request(0, ids, params, derived_seed(seed, number), list(ids), options))
-            for number in range(params.n)
-        ]
-        first, *forks = group
-        first.forks = forks
-        with self._door:
-            if self._is_closed:
-                raise ClosedError("the engine was closed")
-            self._refuse_if_full(len(ids))
-            for request in group:
-                request.request_id, request.group = next(self._ids), group
-            self._inbox.append(first)
-            self._queued[first] = None
-            self._queued_tokens += len(ids)
-        return first
-
-    def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        limit = self.manifest.model.max_model_len
-        if not prompt_token_ids:
-            raise RequestError("empty prompt: it has no tokens")
-        ids = self.check_token_ids(prompt_token_ids)
-        if len(ids) + bool(params.max_tokens) > limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; the context length is {limit}, prompt and completion together"
-            )
-        longest = min(len(ids) + params.max_tokens, limit)
-        if self.kv.most_blocks(longest, self.config.max_num_batched_tokens) > self.pool.num_blocks:
-            held = self.pool.num_blocks * self.pool.block_size
-            raise RequestError(
-                f"the request needs {longest} tokens of KV cache, which holds {held}; raise kv_cache_memory or lower max_tokens"
-            )
-        if params.n > self.config.max_num_seqs:
-            raise RequestError(f"n={params.n}: expected at most {self.config.max_num_seqs}, the engine's max_num_seqs")
-        return ids
-
-    def check_token_ids(self, ids: Sequence[int]) -> list[int]:
-        """The ids as plain integers; those the model does not have are refused.
-
-        Raises:
-            RequestError: one is out of range, or not an integer.
-        """
-        size = self.manifest.model.vocab_size
-        if wrong := [t for t in ids if isinstance(t, bool) or not isinstance(t, numbers.Integral) or not 0 <= t < size]:
-            raise RequestError(f"token id {wrong[0]!r} in the prompt: expected 0 to {size - 1}")
-        return [int(t) for t in ids]
-
-    def _refuse_if_full(self, num_tokens: int) -> None:
-        config = self.config
-        if config.max_queued_requests is not None and len(self._queued) >= config.max_queued_requests:
-            raise OverloadedError(f"the queue is full: {len(self._queued)} requests wait; try again later")
-        if (
-            config.max_queued_tokens is not None
-            and self._queued
-            and self._queued_tokens + num_tokens > config.max_queued_tokens
-        ):
-            raise OverloadedError(
-                f"the queue is full: {self._queued_tokens} tokens wait, {num_tokens} more would exceed "
-                f"{config.max_queued_tokens}; try again later"
-            )
 
     def has_work(self) -> bool:
         return bool(self._inbox or self._aborted) or self.scheduler.has_work()
@@ -170,6 +119,9 @@ class Engine:
         if self._lock.acquire(blocking=False):
             try:
                 self._open_inbox()
+            except BaseException:
+                self.scheduler.start_over()
+                raise
             finally:
                 self._lock.release()
 
@@ -177,77 +129,88 @@ class Engine:
         """Run one step; the requests that got a token in it or ended. Those with a `finish_reason` have left the engine.
 
         What goes wrong ends requests and not the engine: a step that raises ends those that were in it, logits that are
-        not finite the one they belong to. Interrupted (KeyboardInterrupt) in the model, a step has not happened: its
-        tokens are due again; interrupted behind it, its requests end.
+        not finite the one they belong to. Interrupted (KeyboardInterrupt) in the model or before, a step has not happened:
+        its tokens are due again; interrupted behind it, its requests end.
         """
         with self._lock:
             started = time.perf_counter()
-            changed = self._open_inbox()
-            if self._num_timed:
-                changed += self._end_late()
-            step = self.scheduler.schedule()
-            if step:
-                try:
+            changed: list[Request] = []
+            step: Sequence[Scheduled] = ()
+            self._phase = "schedule"
+            try:
+                changed += self._open_inbox()
+                if self._timed:
+                    changed += self._end_late()
+                step = self.scheduler.schedule()
+                if step:
                     changed += self._run(step)
-                except Exception as error:
-                    logger.warning("a step of %d sequences failed", len(step), exc_info=error)
-                    changed += self._fail(step, error)
-                except BaseException:
-                    if self._is_computed:  # half committed: its requests cannot go on
-                        self._fail(step, ExecutionError("the step was interrupted"))
-                    raise
                 if self._aborted:
                     changed += self._open_inbox()
+            except Exception as error:
+                logger.warning("a step of %d sequences failed", len(step), exc_info=error)
+                changed += self._fail(step, error)
+            except BaseException:
+                if self._phase != "model":  # half done: what is in the books may be wrong
+                    self.scheduler.start_over()
+                if self._phase == "commit":
+                    self._fail(step, ExecutionError("the step was interrupted"))
+                raise
+            if step:
                 self.counters.steps += 1
                 self.counters.last_step = time.monotonic()
                 self.counters.step_seconds += time.perf_counter() - started
             return changed
 
     def _open_inbox(self) -> list[Request]:
-        """Queue what came and drop what was aborted; that."""
+        """Queue what came and drop what was aborted; that. An interrupt in the midst of it loses nothing."""
         ended: list[Request] = []
         while self._inbox:
-            request = self._inbox.popleft()
+            request = self._inbox[0]
             self.queue.enter(request)
             self.queue.push(request)
-            self._num_timed += request.is_timed
+            if request.is_timed:
+                self._timed |= dict.fromkeys(request.group)
+                self._next_deadline = min(self._next_deadline, request.next_deadline)
+            self._inbox.popleft()
         while self._aborted:
-            ended += self._finish(self._aborted.popleft(), "abort")
+            ended += self._finish(self._aborted[0], "abort")
+            self._aborted.popleft()
         return ended
 
     def _end_late(self) -> list[Request]:
         """End the requests whose time is up."""
         ended: list[Request] = []
-        now = time.monotonic()
-        for request in [*self.scheduler.running, *self.queue]:
+        if (now := time.monotonic()) < self._next_deadline:
+            return ended
+        for request in list(self._timed):
             if late := request.late_for(now):
-                for member in [request, *request.forks]:
-                    ended += self._finish(member, "timeout", DeadlineError(late))
+                ended += self._finish(request, "timeout", DeadlineError(late))
+        self._next_deadline = min((request.next_deadline for request in self._timed), default=math.inf)
         return ended
 
     def _run(self, step: Sequence[Scheduled]) -> list[Request]:
         """Execute, sample, commit."""
+        self._phase = "model"
         self.executor.pages.use(self.pool.num_touched)
         inputs, wanted = pack(step, self.pool.block_size)
         if self.kv.pending_copies:
             self.executor.copy_blocks(self.kv.pending_copies)
             self.kv.pending_copies.clear()
-        self._is_computed = False
         started = time.perf_counter()
         logits = self.executor.run(inputs)
-        self._is_computed = True
+        self._phase = "commit"
         seconds = time.perf_counter() - started
 
+        reports = self._prompt_logprobs(step, wanted, logits)
         advanced: list[Request] = []
         rows: list[int] = []
         row = 0
-        for scheduled, positions in zip(step, wanted, strict=True):
+        for scheduled, positions, report in zip(step, wanted, reports, strict=True):
             row += len(positions)
-            if scheduled.reaches_end and scheduled.request.params.max_tokens:
+            if scheduled.reaches_end and scheduled.request.params.max_tokens and not isinstance(report, OptcError):
                 members = [scheduled.request, *scheduled.request.forks]
                 advanced += members
                 rows += [row - 1] * len(members)
-        reports = self._prompt_logprobs(step, wanted, logits)
         as_they_are = rows == list(range(len(logits)))
         chosen = sample(logits, advanced, None if as_they_are else rows) if advanced else []
 
@@ -260,9 +223,9 @@ class Engine:
 
     def _prompt_logprobs(
         self, step: Sequence[Scheduled], wanted: Sequence[list[int]], logits: Tensor
-    ) -> list[list[dict[int, float]]]:
+    ) -> list[list[Logprobs] | OptcError]:
         """Of each sequence, the log-probabilities of the prompt tokens behind the positions whose logits were computed."""
-        found: list[list[dict[int, float]]] = []
+        found: list[list[Logprobs] | OptcError] = []
         row = 0
         for scheduled, positions in zip(step, wanted, strict=True):
             request, count = scheduled.request, scheduled.request.params.prompt_logprobs
@@ -271,22 +234,30 @@ class Engine:
                 found.append([])
             else:
                 targets = [request.prompt_token_ids[position + 1] for position in inner]
-                found.append(report_logprobs(logits[row : row + len(inner)].numpy(), targets, [count] * len(inner)))
+                report = report_logprobs(logits[row : row + len(inner)].numpy(), targets, [count] * len(inner))
+                is_bad = any(math.isnan(each[target]) for each, target in zip(report, targets, strict=True))
+                found.append(ExecutionError(NOT_FINITE) if is_bad else report)
             row += len(positions)
         return found
 
-    def _commit(self, step: Sequence[Scheduled], reports: Sequence[list[dict[int, float]]]) -> list[Request]:
-        """Note what was computed; the requests that wanted no more than that."""
+    def _commit(self, step: Sequence[Scheduled], reports: Sequence[list[Logprobs] | OptcError]) -> list[Request]:
+        """Note what was computed; the requests that end with that."""
         now = time.monotonic()
         ended: list[Request] = []
         for scheduled, report in zip(step, reports, strict=True):
             request = scheduled.request
-            prompt = max(0, min(len(request.prompt_token_ids) - request.num_computed, scheduled.num_new))
-            if prompt:
+            if isinstance(report, OptcError):
+                for member in [request, *request.forks]:
+                    ended += self._finish(member, "error", report)
+                continue
+            if request.admitted is None:
+                request.admitted = now
+                self.admission.leave(request)
+            reached = min(len(request.prompt_token_ids), request.num_computed + scheduled.num_new)
+            prompt = min(reached - request.num_prompt_run, scheduled.num_new)
+            if prompt > 0:  # what is computed again after preemption counts once
+                request.num_prompt_run = reached
                 self.counters.prompt_tokens += prompt
-                if request.admitted is None:
-                    request.admitted = now
-                    self._leave_queue(request)
                 if self.config.policy == "fair":
                     self.queue.charge(request, inputs=prompt, outputs=0)
             request.prompt_logprobs += report
@@ -329,9 +300,14 @@ class Engine:
             self._finish(request, "length")
 
     def _fail(self, step: Sequence[Scheduled], error: Exception) -> list[Request]:
-        """End the sequences of a step that raised. What they wrote is in no block that others can find."""
-        self.kv.pending_copies.clear()
+        """End the sequences of a step that raised, or of all that was to run if it was being put together."""
         members = [member for scheduled in step for member in (scheduled.request, *scheduled.request.forks)]
+        if self._phase == "schedule":
+            affected = [*self.scheduler.running, *filter(None, [self.queue.peek()])]
+            members = [member for request in affected for member in (request, *request.forks)]
+        if self._phase != "model":
+            self.scheduler.start_over()
+        self.kv.pending_copies.clear()
         reason = error if isinstance(error, OptcError) else ExecutionError(f"the step failed: {error}")
         return [ended for member in members for ended in self._finish(member, "error", reason)]
 
@@ -339,8 +315,7 @@ class Engine:
         """End a request, once; it, if it had not ended."""
         if request.finish_reason is not None:
             return []
-        if request.forks and reason == "abort":
-            self._promote(request)
+        heir = self._promote(request) if request.forks and reason == "abort" else None
         if request.text is not None:
             request.text.catch_up(request.token_ids, ended=True)
             if reason == "length" and request.text.is_stopped:  # by the last, unfinished character
@@ -351,28 +326,22 @@ class Engine:
                 other.forks.remove(request)
         if all(other.finish_reason is not None or other is request for other in request.group):
             self.queue.leave(request)
-            self._num_timed -= request.is_timed
-        self._leave_queue(request)
+        self._timed.pop(request, None)
+        self.admission.leave(request, heir)
         request.finished = time.monotonic()
         self.counters.finished[reason] += 1
         request.error, request.finish_reason = error, reason
         return [request]
 
-    def _promote(self, request: Request) -> None:
-        """The one that was to compute the prompt is dropped: the next completion computes it."""
+    def _promote(self, request: Request) -> Request:
+        """The one that was to compute the prompt is dropped: the next completion computes what is left of it."""
         heir, *rest = request.forks
-        request.forks, heir.forks = [], rest
+        heir.token_ids = list(heir.token_ids)
+        heir.admitted, heir.num_cached = request.admitted, request.num_cached
+        heir.num_prompt_run, heir.prompt_logprobs = request.num_prompt_run, request.prompt_logprobs
         self.queue.push(heir)
-        with self._door:
-            if request in self._queued:
-                self._queued[heir] = None
-                self._queued_tokens += len(heir.prompt_token_ids)
-
-    def _leave_queue(self, request: Request) -> None:
-        with self._door:
-            if request in self._queued:
-                del self._queued[request]
-                self._queued_tokens -= len(request.prompt_token_ids)
+        request.forks, heir.forks = [], rest
+        return heir
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed for requests that are gone."""

@@ -23,10 +23,11 @@ class EngineConfig:
         decode_stretch: a step that runs prompts besides aims to take at most so many times as long as the next tokens of the
             running sequences alone, by what steps of so many tokens took; prompts run in smaller chunks then. None takes
             whole steps.
-        max_queued_requests, max_queued_tokens: in the queue, beyond which requests are refused; None is no limit.
+        max_queued_requests, max_queued_tokens: completions, and tokens of their prompts, in the queue, beyond which
+            requests are refused; an empty queue takes any. None is no limit.
 
     Raises:
-        UsageError: a limit below 1, or an unknown policy.
+        UsageError: a limit that is no whole number or below 1, or an unknown policy.
     """
 
     max_num_seqs: int = 64
@@ -41,9 +42,21 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}={value!r}: expected at least 1")
-        if self.policy not in POLICIES:
-            raise UsageError(f"policy={self.policy!r}: expected {', '.join(POLICIES)}")
-        if self.decode_stretch is not None and not 1 < self.decode_stretch < math.inf:
-            raise UsageError(f"decode_stretch={self.decode_stretch!r}: expected above 1, or None")
+            if name.startswith("max_num") or value is not None:
+                _check(name, value, _is_int(value) and value >= 1, "a whole number, at least 1")
+        memory = self.kv_cache_memory
+        _check("kv_cache_memory", memory, memory is None or _is_int(memory), "a whole number of bytes, or None")
+        _check("prefix_caching", self.prefix_caching, isinstance(self.prefix_caching, bool), "True or False")
+        _check("policy", self.policy, self.policy in POLICIES, ", ".join(POLICIES))
+        stretch = self.decode_stretch
+        right = stretch is None or (isinstance(stretch, int | float) and 1 < stretch < math.inf)
+        _check("decode_stretch", stretch, right, "above 1, or None")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, value: object, right: bool, expected: str) -> None:
+    if not right:
+        raise UsageError(f"{name}={value!r}: expected {expected}")

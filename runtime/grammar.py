@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import select
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,17 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import RequestError, UsageError
+from ..errors import OverloadedError, RequestError, UsageError
+from .grammar_process import GrammarProcess
 from .params import StructuredOutput
 
 if TYPE_CHECKING:
     import llguidance
 
 DEADLINE = 5.0  # seconds that a grammar may take to compile
-START_DEADLINE = 60.0  # and the worker to start, which reads the tokenizer
 LONGEST = 2**20  # bytes of a grammar
 DEEPEST = 64  # levels of a JSON schema
-CACHED = 256  # grammars kept compiled
+KEPT, KEPT_CHARACTERS = 256, 2**24  # grammars kept compiled, and their lengths together
+MOST_WAITING = 32  # grammars to be compiled
 
 
 class Matcher:
@@ -70,7 +67,8 @@ class GrammarCompiler:
     """Makes matchers for an artifact's tokenizer. Threads may share it.
 
     A grammar comes from whoever sends a request. So it is first compiled in a worker process, which is killed when it
-    takes too long, or too much memory; one that passed there is compiled here, and the last ones are kept.
+    takes too long, or too much memory; one that passed there is compiled here, and the last ones are kept, as is why one
+    cannot be used. One is compiled at a time; those that are kept wait for nobody.
 
     Args:
         tokenizer: file of the tokenizer.
@@ -88,102 +86,74 @@ class GrammarCompiler:
         except ModuleNotFoundError as error:
             raise UsageError('structured output needs llguidance: pip install "optc[grammar]"') from error
         self._grammar_of = grammar_worker.grammar_of
-        self._arguments = [str(tokenizer), str(vocab_size), *map(str, end_ids)]
+        arguments = [str(tokenizer), str(vocab_size), *map(str, end_ids)]
         self._tokenizer = grammar_worker.make_tokenizer(str(tokenizer), vocab_size, list(end_ids))
-        self._deadline = deadline
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
-        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+        self._process = GrammarProcess(arguments, deadline)
+        self._turn = threading.Lock()  # who compiles; the others wait for it
+        self._books = threading.Lock()  # what is below, held for microseconds
+        self._num_waiting = self._num_characters = 0
+        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher | str] = OrderedDict()
 
     def matcher(self, structured: StructuredOutput) -> Matcher:
         """A matcher at the start of a grammar.
 
         Raises:
             RequestError: the grammar is malformed, uses what cannot be enforced, or takes too long to compile.
+            OverloadedError: too many others wait to be compiled.
+            ClosedError: the compiler was closed.
         """
-        import llguidance
-
-        kind, text = _key(structured)
-        with self._lock:
-            if (kind, text) not in self._kept:
-                self._check(kind, text)
-                self._kept[kind, text] = llguidance.LLMatcher(
-                    self._tokenizer, self._grammar_of(kind, text), log_level=0
-                )
-                while len(self._kept) > CACHED:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end((kind, text))
-            return Matcher(self._kept[kind, text].deep_copy())
+        key = _key(structured)
+        if (found := self._find(key)) is not None:
+            return found
+        with self._books:
+            if self._num_waiting >= MOST_WAITING:
+                raise OverloadedError(f"{self._num_waiting} grammars wait to be compiled; try again later")
+            self._num_waiting += 1
+        try:
+            with self._turn:
+                if (found := self._find(key)) is None:  # by another, meanwhile
+                    self._keep(key, self._compile(*key))
+                    found = self._find(key)
+            assert found is not None
+            return found
+        finally:
+            with self._books:
+                self._num_waiting -= 1
 
     def close(self) -> None:
-        """End the worker process."""
-        with self._lock:
-            self._stop_worker()
+        """End the worker process, and whatever waits for it."""
+        self._process.close()
 
-    def _check(self, kind: str, text: str) -> None:
-        """Compile in the worker, within the deadline."""
-        if self._worker is None or self._worker.poll() is not None:
-            self._start_worker()
-        assert self._worker is not None and self._worker.stdin is not None
-        try:
-            self._worker.stdin.write(json.dumps({"kind": kind, "text": text}) + "\n")
-            self._worker.stdin.flush()
-            answer = self._read(self._deadline)
-        except (BrokenPipeError, EOFError) as error:
-            self._stop_worker()
-            raise RequestError(f"{kind}: too complex: compiling it took more memory than it may") from error
-        except TimeoutError as error:
-            self._stop_worker()
-            raise RequestError(f"{kind}: too complex: compiling it took longer than {self._deadline:g} s") from error
-        if answer is not None:
-            raise RequestError(f"{kind}: {_first_line(answer)}")
-
-    def _start_worker(self) -> None:
-        import llguidance
-
-        worker = Path(__file__).with_name("grammar_worker.py")
-        # -I: nothing of the caller's folder or environment; where llguidance is, it is told.
-        path = str(Path(llguidance.__file__).parent.parent)
-        code = (
-            f"import sys; sys.path += [{path!r}, {str(worker.parent)!r}]; import grammar_worker; grammar_worker.main()"
-        )
-        self._worker = subprocess.Popen(
-            [sys.executable, "-I", "-c", code, *self._arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            self._read(START_DEADLINE)
-        except (EOFError, TimeoutError) as error:
-            self._stop_worker()
-            raise RequestError("structured output: the process that compiles grammars does not start") from error
-
-    def _read(self, seconds: float) -> str | None:
-        """The worker's answer.
+    def _find(self, key: tuple[str, str]) -> Matcher | None:
+        """A matcher of a grammar that was compiled; None for one that was not.
 
         Raises:
-            TimeoutError: none came in time.
-            EOFError: the worker died.
+            RequestError: it was, and cannot be used.
         """
-        assert self._worker is not None and self._worker.stdout is not None
-        if not select.select([self._worker.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        line = self._worker.stdout.readline()
-        if not line:
-            raise EOFError
-        found: str | None = json.loads(line)["error"]
-        return found
+        with self._books:
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept.move_to_end(key)
+            if isinstance(found, str):
+                raise RequestError(found)
+            return Matcher(found.deep_copy())
 
-    def _stop_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.wait()
-            for stream in (self._worker.stdin, self._worker.stdout):
-                assert stream is not None
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-            self._worker = None
+    def _compile(self, kind: str, text: str) -> llguidance.LLMatcher | str:
+        """The grammar, or why it cannot be used."""
+        import llguidance
+
+        if (refusal := self._process.check(kind, text)) is not None:
+            return f"{kind}: {_first_line(refusal)}"
+        return llguidance.LLMatcher(self._tokenizer, self._grammar_of(kind, text), log_level=0)
+
+    def _keep(self, key: tuple[str, str], compiled: llguidance.LLMatcher | str) -> None:
+        with self._books:
+            self._kept[key] = compiled
+            self._num_characters += len(key[1])
+            while len(self._kept) > 1 and (len(self._kept) > KEPT or self._num_characters > KEPT_CHARACTERS):
+                (_, text), _ = self._kept.popitem(last=False)
+                self._num_characters -= len(text)
 
 
 def _key(structured: StructuredOutput) -> tuple[str, str]:

@@ -41,15 +41,12 @@ class KVCacheManager:
         if not request.prefix_root:
             salt = request.options.cache_salt
             request.prefix_root = root_hash(salt if self.prefix_caching else f"{request.request_id}\n{salt}")
-        parent = self._share_prefix(request) if request.params.prompt_logprobs is None else None
-        if self.window:
-            self._give_back_unseen(request)
+        parent = self._share_prefix(request)
         needed = self.most_blocks(request.num_tokens, chunk) - (len(request.blocks) - request.num_freed)
         if needed + spare > self.pool.num_free:
             self.release(request)
             return False
-        if parent is not None:
-            self._copy_beginning(request, parent)
+        self._copy_beginning(request, parent)
         if request.admitted is None and request.params.prompt_logprobs is None:
             self.pool.stats.queried_tokens += request.num_tokens
             self.pool.stats.hit_tokens += request.num_computed
@@ -57,23 +54,50 @@ class KVCacheManager:
         return True
 
     def _share_prefix(self, request: Request) -> bytes:
-        """Give `request` the cached blocks that hold its first tokens; the digest of the last of them."""
-        pool, size, ids = self.pool, self.pool.block_size, request.token_ids
-        parent = request.prefix_root
-        for number in range((len(ids) - 1) // size):  # the last token must run, for its logits
-            digest = self._digest(request, number)
-            block = pool.find(digest, parent, ids[number * size : (number + 1) * size])
-            if block is None:
+        """Give `request` the cached blocks that hold its first tokens; the digest of the last of them.
+
+        With a window, only those that it reaches from there on must be cached: the most blocks are looked for of which
+        those are.
+        """
+        found = self._find_with_window(request) if self.window else self._find_from_first(request)
+        for block in found:
+            if block is not None:
+                self.pool.share(block)
+        request.blocks = [0 if block is None else block for block in found]
+        request.num_freed = sum(block is None for block in found)
+        request.num_computed = len(found) * self.pool.block_size
+        return self._parent(request, len(found))
+
+    def _find_from_first(self, request: Request) -> list[int | None]:
+        found: list[int | None] = []
+        for number in range(_findable(request) // self.pool.block_size):
+            if (block := self._find(request, number)) is None:
                 break
-            pool.share(block)
-            request.blocks.append(block)
-            parent = digest
-        request.num_computed = len(request.blocks) * size
-        return parent
+            found.append(block)
+        return found
+
+    def _find_with_window(self, request: Request) -> list[int | None]:
+        """The longest run of blocks that goes on from token `n` with all that this sees; None for those before it."""
+        run: list[int | None] = []  # last block first
+        for number in reversed(range(_findable(request) // self.pool.block_size)):
+            block = self._find(request, number)
+            if block is None:
+                run.clear()
+                continue
+            run.append(block)
+            if number <= self._num_unseen((number + len(run)) * self.pool.block_size):
+                return [None] * number + run[::-1]
+        return run[::-1]
+
+    def _find(self, request: Request, number: int) -> int | None:
+        """The cached block that holds the tokens of the request's block `number`."""
+        size = self.pool.block_size
+        tokens = request.token_ids[number * size : (number + 1) * size]
+        return self.pool.find(self._digest(request, number), self._parent(request, number), tokens)
 
     def _copy_beginning(self, request: Request, parent: bytes) -> None:
         size, start = self.pool.block_size, request.num_computed
-        found = self.pool.find_beginning(parent, request.token_ids[start : min(start + size, request.num_tokens - 1)])
+        found = self.pool.find_beginning(parent, request.token_ids[start : min(start + size, _findable(request))])
         if found is None or self.pool.num_free == 0:
             return
         source, count = found
@@ -124,18 +148,22 @@ class KVCacheManager:
         if before // size == num_computed // size:
             return
         for number in range(before // size, num_computed // size):
-            parent = self._digest(request, number - 1) if number else request.prefix_root
             tokens = request.token_ids[number * size : (number + 1) * size]
-            self.pool.publish(request.blocks[number], self._digest(request, number), parent, tokens)
+            self.pool.publish(
+                request.blocks[number], self._digest(request, number), self._parent(request, number), tokens
+            )
         if self.window:
             self._give_back_unseen(request)
 
     def _give_back_unseen(self, request: Request) -> None:
-        """The next query is token `num_computed`; it sees `window` tokens, itself the last."""
-        unseen = max(0, request.num_computed + 1 - self.window) // self.pool.block_size
+        unseen = self._num_unseen(request.num_computed)
         for block in request.blocks[request.num_freed : unseen]:
             self.pool.give_back(block)
         request.num_freed = max(request.num_freed, unseen)
+
+    def _num_unseen(self, num_computed: int) -> int:
+        """Blocks behind the window: the next query is token `num_computed`, and sees `window` tokens, itself the last."""
+        return max(0, num_computed + 1 - self.window) // self.pool.block_size
 
     def release(self, request: Request) -> None:
         """Take back all blocks of `request`; the last ones are the first to be taken for others."""
@@ -149,12 +177,15 @@ class KVCacheManager:
         size = self.pool.block_size
         filled: dict[int, int] = {}
         for request in requests:
-            for number in range(request.num_freed, len(request.blocks)):
-                tokens = min(size, max(0, request.num_computed - number * size))
+            for number in range(request.num_computed // size, len(request.blocks)):  # those before are full
+                tokens = max(0, request.num_computed - number * size)
                 block = request.blocks[number]
                 filled[block] = max(tokens, filled.get(block, 0))
-        slots = len(filled) * size
-        return slots - sum(filled.values()), slots
+        return len(filled) * size - sum(filled.values()), (self.pool.num_blocks - self.pool.num_free) * size
+
+    def _parent(self, request: Request, number: int) -> bytes:
+        """The digest of all before the request's block `number`."""
+        return self._digest(request, number - 1) if number else request.prefix_root
 
     def _digest(self, request: Request, number: int) -> bytes:
         """Of the request's full block `number`."""
@@ -164,3 +195,11 @@ class KVCacheManager:
             parent = hashes[-1] if hashes else request.prefix_root
             hashes.append(block_hash(parent, request.token_ids[start : start + size]))
         return hashes[number]
+
+
+def _findable(request: Request) -> int:
+    """How many first tokens may come from the cache: those whose logits nobody wants. The last token's are wanted always."""
+    reported, prompt = len(request.prompt_logprobs), len(request.prompt_token_ids)
+    if request.params.prompt_logprobs is not None and reported < prompt - 1:
+        return reported
+    return request.num_tokens - 1

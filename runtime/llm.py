@@ -136,14 +136,15 @@ class LLM:
         chosen, treatment = make_params(params, options)
         if chosen.n > 1:
             raise RequestError(f"n={chosen.n}: expected 1 for a stream")
-        ids = self.encode(prompt)
-        self._abort(self._add_all([ids], chosen, treatment))  # refuse now what would be refused at the first piece
-        return self._pieces(ids, chosen, treatment)
+        pieces = self._pieces(self.encode(prompt), chosen, treatment)
+        next(pieces)  # adds the request, so what is wrong with it is raised here; dropped, it ends the request
+        return pieces
 
     def _pieces(self, prompt: list[int], params: SamplingParams, treatment: RequestOptions) -> Iterator[str]:
         (request,) = self._add_all([prompt], params, treatment)
         reader = CompletionReader(request, self.tokenizer)
         try:
+            yield ""
             if params.echo:
                 yield self._need_tokenizer("echo").decode(prompt)
             while not reader.is_done:

@@ -70,7 +70,10 @@ class Constraints:
     ) -> None:
         self.params, self.matcher = params, matcher
         self.counts = TokenCounts(prompt_token_ids) if params.has_penalties else None
-        self._bad_words = [tuple(words) for words in bad_words]
+        # By the number of tokens before the last one: which last tokens are bad behind them.
+        self._bad_words: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        for *before, last in bad_words:
+            self._bad_words.setdefault(len(before), {}).setdefault(tuple(before), []).append(last)
         self._banned_ends = np.array(sorted(end_ids), np.int64) if params.min_tokens else None
         self._allowed: np.ndarray | None = None
         if params.allowed_token_ids is not None:
@@ -120,10 +123,9 @@ class Constraints:
             row[~self.matcher.allowed(len(row))] = -np.inf
         if self._allowed is not None:
             row[self._allowed] = -np.inf
-        for words in self._bad_words:
-            before = len(words) - 1
-            if before <= num_outputs and tuple(token_ids[len(token_ids) - before :]) == words[:-1]:
-                row[words[-1]] = -np.inf
+        for count, bad_behind in self._bad_words.items():
+            if count <= num_outputs:
+                row[bad_behind.get(tuple(token_ids[len(token_ids) - count :]), [])] = -np.inf
         if self._banned_ends is not None and num_outputs < self.params.min_tokens:
             row[self._banned_ends] = -np.inf
         if len(self._biased):

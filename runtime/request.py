@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +29,7 @@ class Request:
         num_freed: how many of the first of them were given back, since they slid out of every window.
         prefix_root: what its first block's digest starts from.
         block_hashes: digests of its full blocks, as far as they were needed.
+        num_prompt_run: prompt tokens that have run or were found, up to the last one that ran.
         num_cached: tokens that were found in the prefix cache when it was first admitted.
         forks: further completions of the prompt, until it is computed.
         group: all completions of the prompt, this one included.
@@ -49,6 +51,7 @@ class Request:
     num_freed: int = 0
     prefix_root: bytes = b""
     block_hashes: list[bytes] = field(default_factory=list)
+    num_prompt_run: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
     forks: list[Request] = field(default_factory=list)
@@ -77,6 +80,13 @@ class Request:
     def is_timed(self) -> bool:
         """Whether it has a deadline."""
         return self.options.timeout is not None or self.options.queue_timeout is not None
+
+    @property
+    def next_deadline(self) -> float:
+        """When it is late for something, in seconds of the monotonic clock."""
+        options = self.options
+        waits = options.queue_timeout if self.admitted is None else None
+        return self.arrived + min(options.timeout or math.inf, waits or math.inf)
 
     def late_for(self, now: float) -> str | None:
         """What it is too late for at `now`, seconds of the monotonic clock; None if it is in time."""

@@ -17,6 +17,7 @@ from .request import Logprobs, Request
 # All of this is NumPy on one thread: a parallel region of PyTorch costs more than a row of logits, and its threads would
 # take the cores from the kernels'.
 _COLDEST = 1e-6  # a temperature that divides logits without leaving the range of float32
+NOT_FINITE = "the model gave logits that are not finite (a float16 model may overflow: compile with --dtype bfloat16)"
 _BLOCK = 128  # tokens whose probabilities are summed up together
 # How far below the largest logit candidates are looked for, until there are enough.
 _CUTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, math.inf)
@@ -81,9 +82,7 @@ def _constrain(table: np.ndarray, requests: Sequence[Request]) -> dict[int, Optc
 def _failure(row: np.ndarray, request: Request) -> OptcError:
     if request.constraints is not None and not np.isnan(row).any() and row.max() == -np.inf:
         return RequestError("no token is left: the masks, the allowed tokens and the bad words exclude all of them")
-    return ExecutionError(
-        "the model gave logits that are not finite (a float16 model may overflow: compile with --dtype bfloat16)"
-    )
+    return ExecutionError(NOT_FINITE)
 
 
 def _draw(table: np.ndarray, requests: Sequence[Request]) -> list[int]:

@@ -9,7 +9,7 @@ first, and is found again: so preemption costs as little as it can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .kv_cache import KVCacheManager
 from .request import Request
@@ -30,6 +30,29 @@ class Scheduled:
     def reaches_end(self) -> bool:
         """Whether the next token can be chosen after this step."""
         return self.request.num_computed + self.num_new == self.request.num_tokens
+
+
+@dataclass
+class _Plan:
+    """A step as it is put together: its sequences' shares, and what they come to."""
+
+    shares: dict[Request, int] = field(default_factory=dict)
+    preempted: set[Request] = field(default_factory=set)
+    num_tokens: int = 0
+    num_logits: int = 0  # for prompt log-probabilities
+
+    def put(self, request: Request, num_new: int) -> None:
+        self.shares[request] = num_new
+        self._count(request, num_new)
+
+    def drop(self, request: Request) -> None:
+        self.preempted.add(request)
+        self._count(request, -self.shares.pop(request, 0))
+
+    def _count(self, request: Request, num_new: int) -> None:
+        self.num_tokens += num_new
+        if request.params.prompt_logprobs is not None:
+            self.num_logits += num_new
 
 
 class Scheduler:
@@ -68,26 +91,23 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step. Not empty while there is work: a request that cannot fit alone is refused before it gets here."""
-        step: dict[Request, int] = {}
-        gone: set[Request] = set()
+        plan = _Plan()
         ranked = sorted(self.running, key=self.waiting.rank) if len(self.running) > 1 else list(self.running)
         decoding = [request for request in ranked if request.num_tokens - request.num_computed == 1]
         for request in decoding:
-            if len(step) < self.max_num_batched_tokens and request not in gone:
-                self._run(request, 1, step, gone)
-        limit = self._limit(len(step))
+            if plan.num_tokens < self.max_num_batched_tokens and request not in plan.preempted:
+                self._run(request, 1, plan)
+        limit = self._limit(plan.num_tokens)
         if len(decoding) < len(ranked):
             for request in ranked:
-                budget = limit - sum(step.values())
-                if budget > 0 and request not in step and request not in gone:
-                    self._run(request, self._chunk(request, budget), step, gone)
-        while not gone and (budget := limit - sum(step.values())) > 0:
-            admitted = self._admit()
-            if admitted is None:
+                if request not in plan.shares and request not in plan.preempted:
+                    self._run(request, self._chunk(request, plan, limit), plan)
+        while not plan.preempted and (head := self.waiting.peek()) and self._chunk(head, plan, limit):
+            if not self._admit(head):
                 break
-            self._run(admitted, self._chunk(admitted, budget), step, gone)
-        assert step or not self.has_work()
-        return [Scheduled(request, num_new) for request, num_new in step.items()]
+            self._run(head, self._chunk(head, plan, limit), plan)
+        assert plan.shares or not self.has_work()
+        return [Scheduled(request, num_new) for request, num_new in plan.shares.items()]
 
     def _limit(self, decoding: int) -> int:
         """How many tokens the step may have in all, once `decoding` sequences get one each."""
@@ -98,52 +118,64 @@ class Scheduler:
             return decoding
         return min(most, max(self.costs.most_tokens(decoding, most, self.decode_stretch), decoding + LEAST_CHUNK))
 
-    def _chunk(self, request: Request, budget: int) -> int:
-        lacking = request.num_tokens - request.num_computed
+    def _chunk(self, request: Request, plan: _Plan, limit: int) -> int:
+        """How many tokens of `request` there is room for in a step of `limit` tokens."""
+        room = limit - plan.num_tokens
         if request.params.prompt_logprobs is not None:
-            budget = min(budget, self.max_logits_rows)
-        return min(lacking, budget)
+            room = min(room, self.max_logits_rows - plan.num_logits)
+        return max(0, min(request.num_tokens - request.num_computed, room))
 
-    def _admit(self) -> Request | None:
-        """The next waiting request with its first blocks, if there is room for it and all completions of its prompt."""
-        request = self.waiting.peek()
-        if request is None:
-            return None
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request its first blocks, if there is room for it and all completions of its prompt."""
         seats = sum(1 + len(other.forks) for other in self.running)
         if seats + 1 + len(request.forks) > self.max_num_seqs:
-            return None
+            return False
         spare = 1 if self.running else 0  # or the next token of one of them would take its blocks away at once
         if not self.kv.admit(request, chunk=self.max_num_batched_tokens, spare=spare):
-            return None
-        self.waiting.remove(request)
+            return False
         self.running.append(request)
-        return request
+        self.waiting.remove(request)
+        return True
 
-    def _run(self, request: Request, num_new: int, step: dict[Request, int], gone: set[Request]) -> None:
+    def _run(self, request: Request, num_new: int, plan: _Plan) -> None:
         """Put `num_new` tokens of `request` into the step; for want of blocks, others or `request` itself are preempted."""
+        if num_new == 0:
+            return
         while not self.kv.grow(request, request.num_computed + num_new):
             victim = max(self.running, key=self.waiting.rank)
-            step.pop(victim, None)
-            gone.add(victim)
+            plan.drop(victim)
             self._preempt(victim)
             if victim is request:
                 return
-        step[request] = num_new
+        plan.put(request, num_new)
 
     def _preempt(self, victim: Request) -> None:
-        self.running.remove(victim)
         self.kv.release(victim)
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.push(victim)
+        self.running.remove(victim)
+
+    def start_over(self) -> None:
+        """Whatever broke off in the midst of scheduling: all wait, and no block is taken."""
+        for request in {*self.running, *self.waiting}:
+            request.blocks.clear()
+            request.num_freed = request.num_computed = 0
+            self.waiting.push(request)
+        self.running.clear()
+        self.kv.pending_copies.clear()
+        self.kv.pool.reset()
 
     def fork(self, parent: Request) -> list[Request]:
         """The prompt of `parent` is computed: its other completions run as sequences of their own from here on."""
-        children, parent.forks = parent.forks, []
+        children = list(parent.forks)
         for child in children:
             self.kv.fork(parent, child)
-            child.admitted = parent.admitted
+            child.token_ids = list(child.token_ids)
+            child.admitted, child.num_prompt_run = parent.admitted, parent.num_prompt_run
+            child.prompt_logprobs = parent.prompt_logprobs
             self.running.append(child)
+            parent.forks.remove(child)
         return children
 
     def finish(self, request: Request) -> None:

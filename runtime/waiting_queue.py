@@ -28,7 +28,7 @@ class WaitingQueue:
         self._heaps: dict[str, list[tuple[int, int, Request]]] = {}
         self._members: dict[Request, None] = {}
         self._served: dict[str, float] = {}
-        self._present: dict[str, int] = {}
+        self._present: dict[str, set[int]] = {}  # of each client, the requests that are in the engine
 
     def __len__(self) -> int:
         return len(self._members)
@@ -70,18 +70,19 @@ class WaitingQueue:
             heapq.heapify(self._heaps[client])
 
     def enter(self, request: Request) -> None:
-        """A request comes to the engine; its client is present from now on."""
+        """A request comes to the engine; its client is present from now on. Entering twice does no harm."""
         client = self._client(request)
         if client and client not in self._present:
             self._served[client] = max(self._served.get(client, 0), min(self._served_by_present(), default=0))
-        self._present[client] = self._present.get(client, 0) + 1
+        self._present.setdefault(client, set()).add(_group_id(request))
 
     def leave(self, request: Request) -> None:
-        """A request left the engine. A client of which nothing is left is forgotten unless it is ahead of the others."""
+        """A request left the engine, if it was there. A client of which nothing is left is forgotten unless it is ahead of the others."""
         client = self._client(request)
-        self._present[client] -= 1
-        if not self._present[client]:
-            del self._present[client]
+        requests = self._present.get(client, set())
+        requests.discard(_group_id(request))
+        if not requests:
+            self._present.pop(client, None)
             if self._served.get(client, 0) <= min(self._served_by_present(), default=0):
                 self._served.pop(client, None)  # it would start there anyway
         if not self._present:
@@ -97,3 +98,8 @@ class WaitingQueue:
 
     def _client(self, request: Request) -> str:
         return f"client {request.options.client}" if self.policy == "fair" else ""
+
+
+def _group_id(request: Request) -> int:
+    """Completions of one prompt come and leave as one."""
+    return request.group[0].request_id if request.group else request.request_id

@@ -343,3 +343,47 @@ def test_progress(engine: AsyncEngine) -> None:
 
     within(read(engine.generate("a", max_tokens=3)))
     check(engine.stats)
+
+
+def test_long_texts_are_encoded_in_another_thread(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[int, str] = {}
+    real = engine.llm.encode
+
+    def encode(prompt: Any) -> list[int]:
+        threads[len(prompt)] = threading.current_thread().name
+        return real(prompt)
+
+    async def main() -> None:
+        monkeypatch.setattr(engine.llm, "encode", encode)
+        with pytest.raises(RequestError, match="context length is 256"):
+            await read(engine.generate("x " * 20_000))
+        await read(engine.generate("x ", max_tokens=2))
+
+    within(main())
+    assert threads[40_000].startswith("optc helper") and threads[2] == "MainThread"
+
+
+def test_a_loop_that_stops_while_a_grammar_compiles_leaves_nothing(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine.engine.add
+    added = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        try:
+            return real(*arguments)
+        finally:
+            added.set()
+
+    monkeypatch.setattr(engine.engine, "add", slow)
+    stream = engine.generate([5, 6], max_tokens=200, structured=StructuredOutput(regex="[a-y]{100}"))
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(read(stream))
+    loop.run_until_complete(asyncio.sleep(0.05))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    loop.close()
+    assert added.wait(10)
+    asyncio.run(settle(engine))

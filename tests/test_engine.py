@@ -220,6 +220,13 @@ def test_logprobs_survive_preemption(make: Callable[..., Engine]) -> None:
         {"kv_cache_memory": 0},
         {"kv_cache_memory": -5},
         {"kv_cache_memory": BLOCK_BYTES - 1},
+        {"kv_cache_memory": 10**15},
+        {"kv_cache_memory": "8GB"},
+        {"max_num_seqs": 2.5},
+        {"max_num_batched_tokens": None},
+        {"max_queued_tokens": True},
+        {"prefix_caching": 1},
+        {"decode_stretch": "3"},
     ],
     ids=str,
 )

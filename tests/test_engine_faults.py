@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from optc.errors import ClosedError, DeadlineError, ExecutionError, OverloadedEr
 from optc.runtime import LLM, SamplingParams, StructuredOutput
 from optc.runtime.engine import Engine
 from optc.runtime.params import RequestOptions
+from optc.runtime.request import Request
 
 from .engine_cases import check, check_empty, drain, greedy, run
 
@@ -168,7 +170,7 @@ def test_queue_limits(make: Callable[..., Engine]) -> None:
     first = engine.add([5] * 10, greedy(5))
     engine.step()  # it runs, so it is in the queue no longer
     waiting = [engine.add([5] * 10, greedy(5)) for _ in range(3)]
-    with pytest.raises(OverloadedError, match="3 requests wait"):
+    with pytest.raises(OverloadedError, match="3 requests wait, 1 more would exceed 3"):
         engine.add([5], greedy(5))
     engine.abort(waiting[:1])
     with pytest.raises(OverloadedError, match="20 tokens wait, 40 more would exceed 50"):
@@ -179,9 +181,10 @@ def test_queue_limits(make: Callable[..., Engine]) -> None:
     drain(engine, [alone_in_the_queue])
 
 
-def test_all_completions_count_as_one_in_the_queue(make: Callable[..., Engine]) -> None:
-    engine = make(seqs=4, max_queued_requests=1)
-    group = engine.add([5] * 20, greedy(5, n=4)).group
+def test_completions_count_in_the_queue(make: Callable[..., Engine]) -> None:
+    engine = make(seqs=4, max_queued_requests=3)
+    group = engine.add([5] * 20, greedy(5, n=4)).group  # more than may wait, but nobody does
+    assert engine.admission.num_completions == 4
     engine.abort(group[:1])  # the next one computes the prompt
     check(engine, group[1:])
     with pytest.raises(OverloadedError):
@@ -243,3 +246,51 @@ def test_an_interrupt_behind_the_model_ends_the_steps_requests(
 def test_names_that_are_no_unicode(name: str) -> None:
     with pytest.raises(RequestError, match="Unicode"):
         RequestOptions(**{name: "\ud800"})
+
+
+def test_deadlines_are_looked_at_when_one_is_due(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(seqs=1)
+    looked: list[int] = []
+    real = Request.late_for
+
+    def late_for(self: Request, now: float) -> str | None:
+        looked.append(self.request_id)
+        return real(self, now)
+
+    monkeypatch.setattr(Request, "late_for", late_for)
+    patient = engine.add([5], greedy(30), RequestOptions(timeout=100.0))
+    hasty = engine.add([6], greedy(30), RequestOptions(queue_timeout=0.05, timeout=200.0))
+    for _ in range(5):
+        engine.step()
+    assert looked == []
+    time.sleep(0.06)
+    engine.step()
+    assert looked == [patient.request_id, hasty.request_id] and hasty.finish_reason == "timeout"
+    drain(engine, [patient])
+    assert len(looked) == 2 and patient.finish_reason == "length"
+
+
+def test_an_unfinished_character_can_be_what_stops(make: Callable[..., Engine]) -> None:
+    """The last token ends no character; what stands for it is a stop text, so the reason is not the length."""
+    engine = make()
+    assert engine.tokenizer is not None
+    byte = engine.tokenizer._tokenizer.token_to_id(
+        "\u00e6"
+    )  # byte-level BPE's name of the byte 0xE6, which begins three
+    (request,) = run(engine, [([5], greedy(1, allowed_token_ids=[byte], stop=["\ufffd"]))])
+    assert request.output_token_ids == [byte] and request.finish_reason == "stop"
+    (request,) = run(engine, [([5], greedy(1, allowed_token_ids=[byte], stop=["x"]))])
+    assert request.finish_reason == "length"
+
+
+def test_what_is_computed_again_is_not_served_again(make: Callable[..., Engine]) -> None:
+    engine = make(policy="fair", prefix_caching=False)
+    before = engine.counters.prompt_tokens
+    mine, other = (engine.add([token] * 40, greedy(6), RequestOptions(client=str(token))) for token in (5, 6))
+    engine.step()
+    engine.scheduler._preempt(mine)
+    engine.pool.forget_all()
+    engine.step()
+    assert mine.num_preemptions == 1 and len(set(engine.queue._served.values())) == 1
+    drain(engine, [mine, other])
+    assert engine.counters.prompt_tokens - before == 80

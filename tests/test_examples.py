@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import optc
-from optc import LLM
+from optc import LLM, AsyncEngine
+from optc.errors import DeadlineError
 
 from .engine_cases import check_empty
 
@@ -54,7 +57,6 @@ def test_embedded_in_fastapi(client: Any, artifact: Path) -> None:
     assert client.post("/complete", json=body).json() == {
         "text": wanted.text,
         "finish_reason": wanted.finish_reason,
-        "error": None,
     }
     assert client.post("/complete", json=body | {"stream": True}).text == wanted.text
     assert client.get("/health").json()["finished"] == {wanted.finish_reason: 2}
@@ -80,3 +82,54 @@ def test_bad_bodies(body: dict[str, Any], status: int, client: Any) -> None:
             break
         time.sleep(0.01)
     check_empty(client.app.state.engine.engine)
+
+
+class Leaving:
+    """A client that is gone."""
+
+    async def is_disconnected(self) -> bool:
+        return True
+
+
+def test_a_client_that_goes_before_the_first_token(client: Any, artifact: Path) -> None:
+    module = sys.modules["embed_in_fastapi"]
+
+    async def main() -> None:
+        async with AsyncEngine(artifact, max_num_seqs=1) as engine:
+            real = engine.engine.executor.run
+
+            def slow(inputs: Any) -> Any:
+                time.sleep(0.02)
+                return real(inputs)
+
+            engine.engine.executor.run = slow  # type: ignore[method-assign]
+            async with aclosing(engine.generate([5], max_tokens=200, ignore_eos=True)) as holder:
+                await anext(holder)
+                watched = module.while_connected(engine.generate([6], max_tokens=20), Leaving())
+                assert [output async for output in watched] == []
+                assert engine.engine.stats().finished == {"abort": 1}
+
+    asyncio.run(main())
+
+
+def test_what_went_wrong_is_no_answer(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = client.app.state.engine.engine
+
+    def fail(inputs: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.executor, "run", fail)
+        for stream in (False, True):
+            response = client.post("/complete", json={"prompt": "x", "stream": stream})
+            assert response.status_code == 500 and "out of order" in response.json()["detail"]
+    late = DeadlineError("the request did not end within 60 s")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine,
+            "_end_late",
+            lambda: [each for r in list(engine._timed) for each in engine._finish(r, "timeout", late)],
+        )
+        response = client.post("/complete", json={"prompt": "x"})
+    assert response.status_code == 504 and "60 s" in response.json()["detail"]
+    assert client.post("/complete", json={"prompt": "x", "max_tokens": 2}).status_code == 200

@@ -185,42 +185,6 @@ def test_expensive_patterns_are_quick_or_refused(pattern: str, compiler: Grammar
     assert time.monotonic() - started < 2 * grammar_module.DEADLINE
 
 
-def test_a_worker_that_takes_too_long_is_killed_and_started_again(llm: LLM) -> None:
-    compiler = GrammarCompiler(
-        llm.artifact.path / "tokenizer/tokenizer.json", vocab_size=VOCAB, end_ids=[1], deadline=0.5
-    )
-    try:
-        compiler.matcher(StructuredOutput(regex="a"))
-        worker = compiler._worker
-        assert worker is not None
-        import signal
-
-        worker.send_signal(signal.SIGSTOP)  # stands for a compilation that does not end
-        started = time.monotonic()
-        with pytest.raises(RequestError, match=r"longer than 0\.5 s"):
-            compiler.matcher(StructuredOutput(regex="b"))
-        assert time.monotonic() - started < 3
-        assert worker.poll() is not None, "killed"
-        compiler.matcher(StructuredOutput(regex="b"))
-        assert compiler._worker is not None
-        compiler._worker.kill()  # stands for one that ran out of memory
-        compiler._worker.wait()
-        compiler.matcher(StructuredOutput(regex="c"))
-    finally:
-        compiler.close()
-    assert compiler._worker is None
-
-
-def test_the_cache_is_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_module, "CACHED", 5)
-    for number in range(12):
-        compiler.matcher(StructuredOutput(regex=f"a{number}"))
-    assert len(compiler._kept) <= 5
-    before = compiler._worker
-    compiler.matcher(StructuredOutput(regex="a11"))
-    assert compiler._worker is before
-
-
 def test_masks_are_of_the_models_vocabulary(compiler: GrammarCompiler) -> None:
     matcher = compiler.matcher(StructuredOutput(regex="[0-9]"))
     mask = matcher.allowed(VOCAB + 40)

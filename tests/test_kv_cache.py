@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optc.runtime import SamplingParams
 from optc.runtime.block_pool import BlockPool, block_hash, root_hash
@@ -211,3 +213,50 @@ def test_the_cache_can_be_forgotten() -> None:
     kv.pool.forget_all()
     kv.pool.check([a.blocks])
     assert kv.pool.num_cached == 0 and admitted(kv, request([1] * 9, 1)).num_computed == 0
+
+
+def test_with_a_window_the_last_blocks_are_enough() -> None:
+    """Those before the window were taken for others, which hides nothing."""
+    kv = manager(12, window=6)
+    item = admitted(kv, request(list(range(32))))
+    for upto in range(4, 33, 4):
+        compute(kv, item, upto)
+    kv.release(item)
+    for block in [
+        kv.pool.find(item.block_hashes[n], kv._parent(item, n), list(range(n * 4, n * 4 + 4))) for n in (0, 4)
+    ]:
+        assert block is not None
+        kv.pool._forget(block)
+    again = admitted(kv, request([*range(32), 50], 1))
+    assert again.num_computed == 32 and again.num_freed == 6 and len(again.blocks) == 8
+    kv.pool.check([again.blocks[6:]])
+    # Tokens part in block 5, which needs block 4, so those up to block 3 are found; of them the last ones.
+    other = admitted(kv, request([*range(18), 60, 61, 62, 63, 64, 65], 2))
+    assert other.num_computed == 16 and other.num_freed == 2
+    kv.pool.check([again.blocks[6:], other.blocks[2:]])
+
+
+@given(
+    cached=st.lists(st.lists(st.integers(0, 2), min_size=SIZE, max_size=SIZE), max_size=12, unique_by=tuple),
+    wanted=st.lists(st.integers(0, 2), min_size=0, max_size=SIZE),
+    forgotten=st.lists(st.integers(0, 11), max_size=4),
+)
+def test_the_block_that_begins_most_alike(cached: list[list[int]], wanted: list[int], forgotten: list[int]) -> None:
+    pool, root = BlockPool(12, SIZE), root_hash("")
+    held = {pool.take(): ids for ids in cached}
+    for block, ids in held.items():
+        pool.publish(block, block_hash(root, ids), root, ids)
+    for block in set(forgotten) & held.keys():
+        pool._forget(block)
+        del held[block]
+    pool.check([[block] for block in range(len(cached))])
+    lengths = [
+        next((n for n, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), len(wanted))
+        for ids in held.values()
+    ]
+    longest = max(lengths, default=0)
+    found = pool.find_beginning(root, wanted)
+    if longest == 0:
+        assert found is None
+    else:
+        assert found is not None and found[1] == longest and held[found[0]][:longest] == wanted[:longest]

@@ -151,7 +151,13 @@ def _throughput(artifact: Path, /, engine: dict[str, Any], json_file: Path | Non
 )
 @click.option("--concurrency", type=click.IntRange(1), help="Most requests at a time.")
 @click.option("--slo", default="", help="Limits that a good request keeps, such as ttft:500ms,tpot:50ms,e2e:10s.")
-@click.option("--decode-stretch", type=float, default=3.0, show_default=True, help="See `EngineConfig`.")
+@click.option(
+    "--decode-stretch",
+    type=click.FloatRange(0),
+    default=3.0,
+    show_default=True,
+    help="Longest step with prompts in it, in steps without; 0 is no limit.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Write distributions of the times here, as PNG.")
 @_request_options
 @click.pass_obj
@@ -180,7 +186,8 @@ def _serve(
         _need_matplotlib()
 
     async def run() -> tuple[Manifest, dict[str, Any], list[Served]]:
-        limits = engine | {"decode_stretch": decode_stretch, "max_queued_requests": None}
+        unlimited = {"max_queued_requests": None, "max_queued_tokens": None}
+        limits = engine | unlimited | {"decode_stretch": decode_stretch or None}
         async with AsyncEngine(artifact, **limits) as running:
             manifest = running.llm.manifest
             tasks = _tasks(manifest, running.llm.tokenizer, seed=seed, **options)
