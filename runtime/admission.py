@@ -28,7 +28,6 @@ class Admission:
         self._manifest, self._config, self._kv, self._constrainer = manifest, config, kv, constrainer
         self._lock = threading.Lock()  # held for microseconds
         self._waiting: set[Request] = set()
-        self.num_completions = self.num_tokens = 0  # that wait
 
     def make(self, prompt_token_ids: Sequence[int], params: SamplingParams, options: RequestOptions) -> list[Request]:
         """The completions of a prompt as requests without ids; the first computes the prompt, the rest are its forks.
@@ -61,20 +60,14 @@ class Admission:
         with self._lock:
             self._refuse_if_full(len(request.prompt_token_ids), request.params.n)
             self._waiting.add(request)
-            self.num_completions += request.params.n
-            self.num_tokens += len(request.prompt_token_ids)
 
     def leave(self, request: Request, heir: Request | None = None) -> None:
         """`request` waits no longer, or `heir` instead of it. Leaving twice does no harm."""
         with self._lock:
-            if request not in self._waiting:
-                return
-            self._waiting.remove(request)
-            if heir is not None:
-                self._waiting.add(heir)
-            else:
-                self.num_completions -= request.params.n
-                self.num_tokens -= len(request.prompt_token_ids)
+            if request in self._waiting:
+                if heir is not None:
+                    self._waiting.add(heir)
+                self._waiting.remove(request)
 
     def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         config, pool = self._config, self._kv.pool
@@ -110,14 +103,12 @@ class Admission:
 
     def _refuse_if_full(self, num_tokens: int, n: int) -> None:
         """An empty queue takes any request."""
-        most, most_tokens = self._config.max_queued_requests, self._config.max_queued_tokens
-        if not self._waiting:
-            return
-        if most is not None and self.num_completions + n > most:
-            raise OverloadedError(
-                f"the queue is full: {self.num_completions} requests wait, {n} more would exceed {most}; try again later"
-            )
-        if most_tokens is not None and self.num_tokens + num_tokens > most_tokens:
-            raise OverloadedError(
-                f"the queue is full: {self.num_tokens} tokens wait, {num_tokens} more would exceed {most_tokens}; try again later"
-            )
+        waiting = self._waiting if self._config.max_queued_requests or self._config.max_queued_tokens else ()
+        for unit, most, more, there in (
+            ("requests", self._config.max_queued_requests, n, sum(each.params.n for each in waiting)),
+            ("tokens", self._config.max_queued_tokens, num_tokens, sum(len(r.prompt_token_ids) for r in waiting)),
+        ):
+            if most is not None and waiting and there + more > most:
+                raise OverloadedError(
+                    f"the queue is full: {there} {unit} wait, {more} more would exceed {most}; try again later"
+                )

@@ -158,9 +158,10 @@ class Scheduler:
 
     def start_over(self) -> None:
         """Whatever broke off in the midst of scheduling: all wait, and no block is taken."""
-        for request in {*self.running, *self.waiting}:
-            request.blocks.clear()
-            request.num_freed = request.num_computed = 0
+        for request in [*self.running, *self.waiting]:
+            for member in [request, *request.forks]:
+                member.blocks.clear()
+                member.num_freed = member.num_computed = 0
             self.waiting.push(request)
         self.running.clear()
         self.kv.pending_copies.clear()
@@ -180,8 +181,8 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""
+        self.kv.release(request)
         if request in self.running:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self.kv.release(request)

@@ -184,7 +184,6 @@ def test_queue_limits(make: Callable[..., Engine]) -> None:
 def test_completions_count_in_the_queue(make: Callable[..., Engine]) -> None:
     engine = make(seqs=4, max_queued_requests=3)
     group = engine.add([5] * 20, greedy(5, n=4)).group  # more than may wait, but nobody does
-    assert engine.admission.num_completions == 4
     engine.abort(group[:1])  # the next one computes the prompt
     check(engine, group[1:])
     with pytest.raises(OverloadedError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from linecache import getline
 from types import FrameType
 from typing import Any
 
@@ -31,7 +31,9 @@ def interrupt_at(line: int) -> Iterator[None]:
         nonlocal left
         if not frame.f_code.co_filename.endswith(FILES):
             return None
-        if event == "line":
+        # Not at `with`, which comes again when its block is left, nor at `try`: Python itself looks for no signals there.
+        code = getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not code.startswith(("with ", "try:")):
             left -= 1
             if left == 0:
                 sys.settrace(None)
@@ -82,8 +84,7 @@ def test_an_interrupt_anywhere(steps: int, make: Callable[..., Engine]) -> None:
             elif request.finish_reason != "abort":
                 assert request.output_token_ids == wanted, (line, request.request_id)
             assert request.output_token_ids == wanted[: request.num_output_tokens]
-        print(line, time.time())
-        line += 1 + line // 15  # near the start each line, later one in some
+        line += 1 + line // 30  # near the start each line, later one in some
     assert line > 100
 
 

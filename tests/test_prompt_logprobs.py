@@ -25,14 +25,14 @@ def values(request: Request) -> list[float]:
 
 
 @pytest.fixture
-def expected(make: Callable[..., Engine]) -> list[float]:
+def expected(make: Callable[..., Engine]) -> Any:
     (request,) = run(make(), [(PROMPT, greedy(3, prompt_logprobs=0))])
-    return values(request)
+    return pytest.approx(values(request), abs=1e-5)  # the portable program's sums depend on the chunk
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
 @pytest.mark.parametrize("n", [1, 2])
-def test_preemption(at: int, n: int, make: Callable[..., Engine], expected: list[float]) -> None:
+def test_preemption(at: int, n: int, make: Callable[..., Engine], expected: Any) -> None:
     """In the prompt and behind it: what was reported is not computed again for that, and is found in the prefix cache."""
     engine = make(budget=16)
     first, *others = engine.add(PROMPT, greedy(8, prompt_logprobs=0, n=n)).group
@@ -51,7 +51,7 @@ def test_preemption(at: int, n: int, make: Callable[..., Engine], expected: list
     assert engine.scheduler.num_preemptions >= n if at == 6 else True
 
 
-def test_the_first_completion_is_dropped(make: Callable[..., Engine], expected: list[float]) -> None:
+def test_the_first_completion_is_dropped(make: Callable[..., Engine], expected: Any) -> None:
     """Another one takes over the rest of the prompt, and what was reported."""
     engine = make(budget=16)
     before = engine.counters.prompt_tokens
@@ -60,13 +60,13 @@ def test_the_first_completion_is_dropped(make: Callable[..., Engine], expected: 
     engine.step()
     engine.abort([first])
     drain(engine, [second, third])
-    assert values(second) == values(third) == expected
+    assert values(second) == expected and values(third) == expected
     assert second.admitted == first.admitted and engine.counters.prompt_tokens - before == len(PROMPT)
     check_empty(engine)
 
 
 def test_many_at_once_keep_to_the_rows_of_a_step(
-    make: Callable[..., Engine], expected: list[float], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Engine], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make(budget=100)
     monkeypatch.setattr(engine.scheduler, "max_logits_rows", 20)
@@ -79,7 +79,7 @@ def test_many_at_once_keep_to_the_rows_of_a_step(
     monkeypatch.setattr(engine.executor, "run", run_counted)
     scored = SamplingParams(max_tokens=0, prompt_logprobs=0)
     requests = run(engine, [(PROMPT, scored), (PROMPT, scored), ([5] * 30, greedy(40)), (PROMPT, scored)])
-    assert [values(requests[number]) for number in (0, 1, 3)] == [expected] * 3
+    assert all(values(requests[number]) == expected for number in (0, 1, 3))
     assert max(rows) <= 21
 
 
@@ -91,7 +91,7 @@ def test_values_that_are_no_numbers_end_the_request(
     real = engine.executor.run
 
     def poisoned(inputs: Any) -> Any:
-        logits = real(inputs)
+        logits = real(inputs).clone()
         logits[3] = np.nan  # of the first request's prompt
         return logits
 
