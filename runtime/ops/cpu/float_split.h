@@ -38,7 +38,7 @@ class FloatSplit {
       const int64_t count = std::min(kTileKeys, rows.count - first);
       const bool last_tile = first + kTileKeys >= rows.count;
       pack(rows, first, count, last_tile ? next : rows, last_tile ? 0 : first + kTileKeys);
-      const Tile tile{keys_, values_, rows.start + first, count};
+      const Tile tile{keys_, values_, kIsCode<Key> ? value_scales_ + first : nullptr, rows.start + first, count};
       for (int64_t r = 0; r < item.rows; r += kRowBlock)
         attend_rows(std::min<int64_t>(kRowBlock, item.rows - r),
                     {q_ + r * p_.k_dim, positions + r, part.from_row(r, width_)}, tile, p_.k_dim, width_, p_.window,
@@ -57,10 +57,7 @@ class FloatSplit {
         fetch(next.values[next_first + j], p_.v_dim * sizeof(Key));
       }
       float* to = values_ + j * width_;
-      if constexpr (kIsCode<Key>)
-        dequantize_row(rows.values[first + j], value_scales_[first + j], to, p_.v_dim);
-      else
-        load_row(rows.values[first + j], to, p_.v_dim);
+      load_row(rows.values[first + j], to, p_.v_dim);
       std::fill(to + p_.v_dim, to + width_, 0.0f);
     }
     for (int64_t j = 0; j < count; j += kLanes)

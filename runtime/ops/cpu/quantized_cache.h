@@ -88,12 +88,4 @@ inline void quantize_row(float* x, int64_t n, Code* codes, void* scale_at) {
   }
 }
 
-// Converts `n` codes to their values in float32; writes nothing past them.
-template <typename Code>
-inline void dequantize_row(const Code* codes, float scale, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(codes + i) * scale);
-  for (; i < n; i++) to[i] = static_cast<float>(codes[i]) * scale;
-}
-
 }  // namespace optc

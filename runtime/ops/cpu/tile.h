@@ -45,9 +45,10 @@ inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, f
 }
 
 // One row of raw scores becomes weights relative to the row's running maximum; what was accumulated before is rescaled
-// to that maximum. Keys before `first` and after `last` of the tile are invisible.
-inline void softmax_row(float* scores, int64_t columns, int64_t first, int64_t last, float softcap, float& row_max,
-                        float& row_sum, float* acc, int64_t width) {
+// to that maximum. Keys before `first` and after `last` of the tile are invisible. With the scales of codes, if there
+// are any, weights are multiplied.
+inline void softmax_row(float* scores, int64_t columns, int64_t first, int64_t last, const float* value_scales,
+                        float softcap, float& row_max, float& row_sum, float* acc, int64_t width) {
   if (first > last) {
     std::fill_n(scores, columns, 0.0f);
     return;
@@ -74,8 +75,10 @@ inline void softmax_row(float* scores, int64_t columns, int64_t first, int64_t l
   Vec sum{};
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec weight = exp(load(scores + j) - new_max);
-    store(scores + j, weight);
     sum += weight;
+    // The scales of unseen keys may be NaN.
+    if (value_scales) weight = weight > 0.0f ? weight * load(value_scales + j) : Vec{};
+    store(scores + j, weight);
   }
   row_sum += reduce_sum(sum);
 }
@@ -88,9 +91,10 @@ struct RowBlock {
 };
 
 struct Tile {
-  const float* keys;    // [k_dim, kTileKeys]: transposed, so that scores of adjacent keys are adjacent
-  const float* values;  // [kTileKeys, width]
-  int64_t start, count;  // key positions start .. start + count - 1
+  const float* keys;          // [k_dim, kTileKeys]: transposed, so that scores of adjacent keys are adjacent
+  const float* values;        // [kTileKeys, width]
+  const float* value_scales;  // [kTileKeys], if values are codes
+  int64_t start, count;       // key positions start .. start + count - 1
 };
 
 template <int M>
@@ -102,8 +106,8 @@ void attend_block(const RowBlock& rows, const Tile& tile, int64_t k_dim, int64_t
   for (int m = 0; m < M; m++) {
     const int64_t last = std::min(depth - 1, rows.positions[m] - tile.start);
     const int64_t first = window > 0 ? std::max<int64_t>(0, rows.positions[m] - window + 1 - tile.start) : 0;
-    softmax_row(scores + m * kTileKeys, columns, first, last, softcap, rows.partial.max[m], rows.partial.sum[m],
-                rows.partial.acc + m * width, width);
+    softmax_row(scores + m * kTileKeys, columns, first, last, tile.value_scales, softcap, rows.partial.max[m],
+                rows.partial.sum[m], rows.partial.acc + m * width, width);
   }
   multiply<M>(scores, kTileKeys, tile.values, width, rows.partial.acc, width, depth, width, true);
 }
