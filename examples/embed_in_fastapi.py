@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
@@ -81,13 +82,17 @@ async def while_connected(
     outputs: AsyncGenerator[RequestOutput, None], request: Request
 ) -> AsyncGenerator[RequestOutput, None]:
     """The outputs, as long as the client is there to get them; closing `outputs` ends the request."""
+    looked = time.monotonic()
     async with aclosing(outputs):
         while True:
             coming = asyncio.ensure_future(anext(outputs, None))
             try:
-                while not (await asyncio.wait([coming], timeout=0.5))[0]:
-                    if await request.is_disconnected():
-                        return
+                while not coming.done():
+                    await asyncio.wait([coming], timeout=0.5)
+                    if time.monotonic() - looked > 0.5:
+                        looked = time.monotonic()
+                        if await request.is_disconnected():
+                            return
             finally:
                 if not coming.done():
                     coming.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 from ..errors import OverloadedError, RequestError
@@ -41,8 +42,17 @@ class Admission:
             self._refuse_if_full(len(ids), params.n)  # before its grammar is compiled
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         # Forks get a list of their own when they part.
+        arrived = time.monotonic()
         first, *forks = group = [
-            Request(0, ids, params, derived_seed(seed, number), ids if number else list(ids), options)
+            Request(
+                request_id=0,
+                prompt_token_ids=ids,
+                params=params,
+                seed=derived_seed(seed, number),
+                token_ids=ids if number else list(ids),
+                options=options,
+                arrived=arrived,
+            )
             for number in range(params.n)
         ]
         self._constrainer.prepare(group)
@@ -105,7 +115,7 @@ class Admission:
         """An empty queue takes any request."""
         waiting = self._waiting if self._config.max_queued_requests or self._config.max_queued_tokens else ()
         for unit, most, more, there in (
-            ("requests", self._config.max_queued_requests, n, sum(each.params.n for each in waiting)),
+            ("requests", self._config.max_queued_requests, n, sum(1 + len(each.forks) for each in waiting)),
             ("tokens", self._config.max_queued_tokens, num_tokens, sum(len(r.prompt_token_ids) for r in waiting)),
         ):
             if most is not None and waiting and there + more > most:

@@ -7,23 +7,23 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import ClosedError, RequestError
-from .grammar import MOST_WAITING
+from ..errors import ClosedError, OverloadedError, RequestError
 from .llm import LLM, Message, Prompt, make_params
-from .params import RequestOptions, SamplingParams
+from .params import SamplingParams
 from .reader import CompletionReader, RequestOutput
 from .request import Request
 from .stats import EngineStats
 
 logger = logging.getLogger("optc")
 DEFAULTS = {"decode_stretch": 3.0, "max_queued_requests": 1024, "max_queued_tokens": 2**22}
-LONG_PROMPT = 20_000  # characters or tokens, which take milliseconds
+LONG_PROMPT = 20_000  # characters or tokens, times `n`, which take milliseconds
+MOST_HELPERS = 64  # threads that make requests ready: more than grammars may wait
 
 
 class AsyncEngine:
@@ -54,8 +54,7 @@ class AsyncEngine:
         self._readers: dict[Request, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._close_at: float | None = None
         self._failure: BaseException | None = None
-        # More threads than grammars may wait, so that what needs no compiling finds one.
-        self._helpers = ThreadPoolExecutor(MOST_WAITING + 4, "optc helper")
+        self._helpers = threading.Semaphore(MOST_HELPERS)
         self._thread = threading.Thread(target=self._run, name="optc engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a daemon thread must not be inside a kernel when the interpreter goes
@@ -77,7 +76,7 @@ class AsyncEngine:
         """What the engine has done, and how it stands. Waits for the step that runs; see `asyncio.to_thread`."""
         return self.engine.stats()
 
-    async def generate(
+    def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; what is new, as it comes.
@@ -92,14 +91,43 @@ class AsyncEngine:
 
         Raises:
             RequestError: a prompt or a parameter is wrong.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or too many grammars wait to be compiled.
             ClosedError: the engine was closed or has died.
         """
+        size = len(prompt) if isinstance(prompt, Sized) else 0
+        return self._stream(lambda: self.llm.encode(prompt), size, params, options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation through the model's chat template; as `generate`.
+
+        Raises:
+            RequestError: no chat template, or messages it refuses; and as `generate`.
+        """
+        size = sum(len(str(message)) for message in messages) if isinstance(messages, Sequence) else 0
+        variables = dict(template_variables or {})
+        return self._stream(lambda: self.llm.chat_prompt(messages, **variables), size, params, options)
+
+    async def _stream(
+        self, encode: Callable[[], list[int]], size: int, params: SamplingParams | None, options: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """`encode` makes the prompt's tokens, of `size` characters or tokens."""
         chosen, treatment = make_params(params, options)
         if chosen.echo:
             raise RequestError("echo=True: a stream begins with the completion; the prompt is known")
-        self._check_open()
-        request = await self._add(prompt, chosen, treatment)
+
+        def add() -> Request:
+            self._check_open()
+            return self.engine.add(encode(), chosen, treatment)
+
+        takes_long = chosen.structured is not None or chosen.bad_words or chosen.n * size >= LONG_PROMPT
+        request = await self._elsewhere(add) if takes_long else add()
         members = list(request.group)
         try:
             news = asyncio.Event()
@@ -122,16 +150,25 @@ class AsyncEngine:
                 self._readers.pop(member, None)
             self._abort(members)
 
-    async def _add(self, prompt: Prompt, params: SamplingParams, treatment: RequestOptions) -> Request:
-        """Add a request: in a thread of its own if that takes long, as compiling a grammar does, or a long text."""
+    async def _elsewhere(self, add: Callable[[], Request]) -> Request:
+        """Add a request in a thread of its own, as compiling a grammar takes a while, or a long text.
 
-        def add() -> Request:
-            return self.engine.add(self.llm.encode(prompt), params, treatment)
+        A daemon thread: one of a pool would hold up the end of the process.
+        """
+        if not self._helpers.acquire(blocking=False):
+            raise OverloadedError(f"{MOST_HELPERS} requests are made ready; try again later")
+        adding: Future[Request] = Future()
 
-        is_long = isinstance(prompt, Sized) and len(prompt) >= LONG_PROMPT
-        if params.structured is None and not params.bad_words and not is_long:
-            return add()
-        adding = self._helpers.submit(add)
+        def run() -> None:
+            try:
+                adding.set_result(add())
+            except BaseException as error:
+                adding.set_exception(error)
+            finally:
+                self._helpers.release()
+
+        adding.set_running_or_notify_cancel()  # it cannot be cancelled
+        threading.Thread(target=run, name="optc helper", daemon=True).start()
         try:
             return await asyncio.wrap_future(adding)
         except BaseException:  # who asked is gone, but the thread goes on
@@ -147,22 +184,6 @@ class AsyncEngine:
         with self._wake:
             self._wake.notify()
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        template_variables: Mapping[str, object] | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through the model's chat template; as `generate`.
-
-        Raises:
-            RequestError: no chat template, or messages it refuses; and as `generate`.
-        """
-        prompt = self.llm.chat_prompt(messages, **(template_variables or {}))
-        return self.generate(prompt, params, **options)
-
     def close(self, *, drain: float = 0.0) -> None:
         """End the engine's thread. What runs or waits has `drain` seconds to finish, the rest ends with abort."""
         with self._wake:
@@ -171,7 +192,6 @@ class AsyncEngine:
             self._close_at = time.monotonic() + drain
             self._wake.notify()
         self._thread.join()
-        self._helpers.shutdown(wait=False, cancel_futures=True)
         self.llm.close()
         self._tell(list(self._readers))
         atexit.unregister(self.close)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from ..errors import RequestError
+from ..errors import ClosedError, RequestError
 from .artifact import Artifact
 from .grammar import GrammarCompiler, Matcher
 from .logits import Constraints, check_token_ids
@@ -23,6 +23,7 @@ class Constrainer:
         self._end_ids = frozenset(artifact.manifest.eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def prepare(self, group: Sequence[Request]) -> None:
         """Fill in `end_ids`, `constraints` and `text` of the new completions of a prompt.
@@ -62,8 +63,10 @@ class Constrainer:
             )
 
     def close(self) -> None:
-        if self._compiler is not None:
-            self._compiler.close()
+        with self._lock:
+            self._is_closed = True
+            if self._compiler is not None:
+                self._compiler.close()
 
     def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
         tokenizer = self._need_tokenizer("bad_words")
@@ -80,6 +83,8 @@ class Constrainer:
         record = self._artifact.manifest.tokenizer
         assert record is not None
         with self._lock:
+            if self._is_closed:
+                raise ClosedError("the engine was closed")
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
                     self._artifact.file(record.tokenizer),

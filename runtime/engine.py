@@ -118,7 +118,7 @@ class Engine:
         self._aborted.extend(requests)
         if self._lock.acquire(blocking=False):
             try:
-                self._open_inbox()
+                self._open_inbox([])
             except BaseException:
                 self.scheduler.start_over()
                 raise
@@ -136,24 +136,26 @@ class Engine:
             started = time.perf_counter()
             changed: list[Request] = []
             step: Sequence[Scheduled] = ()
+            members: list[Request] = []
             self._phase = "schedule"
             try:
-                changed += self._open_inbox()
+                self._open_inbox(changed)
                 if self._timed:
-                    changed += self._end_late()
+                    self._end_late(changed)
                 step = self.scheduler.schedule()
                 if step:
+                    members = [member for each in step for member in (each.request, *each.request.forks)]
                     changed += self._run(step)
                 if self._aborted:
-                    changed += self._open_inbox()
+                    self._open_inbox(changed)
             except Exception as error:
                 logger.warning("a step of %d sequences failed", len(step), exc_info=error)
-                changed += self._fail(step, error)
+                changed += self._fail(members, error)
             except BaseException:
                 if self._phase != "model":  # half done: what is in the books may be wrong
                     self.scheduler.start_over()
                 if self._phase == "commit":
-                    self._fail(step, ExecutionError("the step was interrupted"))
+                    self._fail(members, ExecutionError("the step was interrupted"))
                 raise
             if step:
                 self.counters.steps += 1
@@ -161,9 +163,15 @@ class Engine:
                 self.counters.step_seconds += time.perf_counter() - started
             return changed
 
-    def _open_inbox(self) -> list[Request]:
-        """Queue what came and drop what was aborted; that. An interrupt in the midst of it loses nothing."""
-        ended: list[Request] = []
+    def _open_inbox(self, ended: list[Request]) -> None:
+        """Queue what came and drop what was aborted; that goes into `ended`. An interrupt in the midst loses nothing."""
+        self._take_in()
+        while self._aborted:
+            self._take_in()  # it may have come just before it was dropped
+            ended += self._finish(self._aborted[0], "abort")
+            self._aborted.popleft()
+
+    def _take_in(self) -> None:
         while self._inbox:
             request = self._inbox[0]
             self.queue.enter(request)
@@ -172,21 +180,17 @@ class Engine:
                 self._timed |= dict.fromkeys(request.group)
                 self._next_deadline = min(self._next_deadline, request.next_deadline)
             self._inbox.popleft()
-        while self._aborted:
-            ended += self._finish(self._aborted[0], "abort")
-            self._aborted.popleft()
-        return ended
 
-    def _end_late(self) -> list[Request]:
+    def _end_late(self, ended: list[Request]) -> None:
         """End the requests whose time is up."""
-        ended: list[Request] = []
         if (now := time.monotonic()) < self._next_deadline:
-            return ended
+            return
         for request in list(self._timed):
             if late := request.late_for(now):
                 ended += self._finish(request, "timeout", DeadlineError(late))
+            if request.finish_reason is not None:
+                self._timed.pop(request, None)
         self._next_deadline = min((request.next_deadline for request in self._timed), default=math.inf)
-        return ended
 
     def _run(self, step: Sequence[Scheduled]) -> list[Request]:
         """Execute, sample, commit."""
@@ -251,7 +255,8 @@ class Engine:
                     ended += self._finish(member, "error", report)
                 continue
             if request.admitted is None:
-                request.admitted = now
+                for member in [request, *request.forks]:
+                    member.admitted = now
                 self.admission.leave(request)
             reached = min(len(request.prompt_token_ids), request.num_computed + scheduled.num_new)
             prompt = min(reached - request.num_prompt_run, scheduled.num_new)
@@ -299,9 +304,8 @@ class Engine:
         elif request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.manifest.model.max_model_len:
             self._finish(request, "length")
 
-    def _fail(self, step: Sequence[Scheduled], error: Exception) -> list[Request]:
-        """End the sequences of a step that raised, or of all that was to run if it was being put together."""
-        members = [member for scheduled in step for member in (scheduled.request, *scheduled.request.forks)]
+    def _fail(self, members: Sequence[Request], error: Exception) -> list[Request]:
+        """End those that were in a step that raised, or, if it was being put together, all that might have been; them."""
         if self._phase == "schedule":
             affected = [*self.scheduler.running, *filter(None, [self.queue.peek()])]
             members = [member for request in affected for member in (request, *request.forks)]
@@ -309,13 +313,15 @@ class Engine:
             self.scheduler.start_over()
         self.kv.pending_copies.clear()
         reason = error if isinstance(error, OptcError) else ExecutionError(f"the step failed: {error}")
-        return [ended for member in members for ended in self._finish(member, "error", reason)]
+        for member in members:
+            self._finish(member, "error", reason)
+        return list(members)  # some of them may have ended before it raised, and nobody knows yet
 
     def _finish(self, request: Request, reason: FinishReason, error: OptcError | None = None) -> list[Request]:
-        """End a request, once; it, if it had not ended."""
+        """End a request, once; it, if it had not ended. Broken off, it can be called again."""
         if request.finish_reason is not None:
             return []
-        heir = self._promote(request) if request.forks and reason == "abort" else None
+        heir = self._promote(request) if request.forks else None
         if request.text is not None:
             request.text.catch_up(request.token_ids, ended=True)
             if reason == "length" and request.text.is_stopped:  # by the last, unfinished character
@@ -326,21 +332,23 @@ class Engine:
                 other.forks.remove(request)
         if all(other.finish_reason is not None or other is request for other in request.group):
             self.queue.leave(request)
-        self._timed.pop(request, None)
         self.admission.leave(request, heir)
         request.finished = time.monotonic()
         self.counters.finished[reason] += 1
         request.error, request.finish_reason = error, reason
+        self._timed.pop(request, None)
         return [request]
 
     def _promote(self, request: Request) -> Request:
-        """The one that was to compute the prompt is dropped: the next completion computes what is left of it."""
+        """The one that was to compute the prompt ends: the next completion computes what is left of it."""
         heir, *rest = request.forks
         heir.token_ids = list(heir.token_ids)
         heir.admitted, heir.num_cached = request.admitted, request.num_cached
         heir.num_prompt_run, heir.prompt_logprobs = request.num_prompt_run, request.prompt_logprobs
+        heir.prefix_root, heir.block_hashes = request.prefix_root, list(request.block_hashes)
         self.queue.push(heir)
-        request.forks, heir.forks = [], rest
+        heir.forks = rest
+        request.forks = []
         return heir
 
     def reset_prefix_cache(self) -> None:
@@ -384,7 +392,7 @@ class Engine:
         with self._door:
             self._is_closed = True
         with self._lock:
-            self._open_inbox()
+            self._open_inbox([])
             for request in [*self.scheduler.running, *self.queue]:
                 for member in [request, *request.forks]:
                     self._finish(member, "abort")

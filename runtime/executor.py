@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, RequestError
 from . import huge_pages
 from .artifact import MANIFEST, Artifact
 from .compiled_step import load_step
@@ -53,13 +53,16 @@ class Executor:
         self.device = _device(manifest.target) if code is None else torch.device("cpu")
         self.is_native = code is not None
         self._run = self._load_native(artifact, code) if code else self._load_portable(artifact)
-        self.caches = {
-            spec.input_name: self._zeros(
-                (num_blocks, spec.kv_heads, manifest.block_size, spec.row_size), _dtype(artifact, spec.dtype)
-            )
-            for spec in manifest.kv_cache
-        }
-
+        try:
+            self.caches = {
+                spec.input_name: self._zeros(
+                    (num_blocks, spec.kv_heads, manifest.block_size, spec.row_size), _dtype(artifact, spec.dtype)
+                )
+                for spec in manifest.kv_cache
+            }
+        except (MemoryError, OSError, RuntimeError, OverflowError) as error:
+            size = num_blocks * manifest.block_size * manifest.memory.kv_bytes_per_token
+            raise RequestError(f"no memory for a KV cache of {size / 1e9:.1f} GB; lower kv_cache_memory") from error
         self.pages = PagesAhead(list(self.caches.values()) if self.is_native else [])
         self.pages.use(0)
 

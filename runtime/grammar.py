@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ LONGEST = 2**20  # bytes of a grammar
 DEEPEST = 64  # levels of a JSON schema
 KEPT, KEPT_CHARACTERS = 256, 2**24  # grammars kept compiled, and their lengths together
 MOST_WAITING = 32  # grammars to be compiled
+RETRY_AFTER = 60.0  # seconds before one that took too long is tried again
 
 
 class Matcher:
@@ -63,6 +67,14 @@ class Matcher:
             raise RequestError(f"structured output: {_first_line(self._state.get_error())}")
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a grammar cannot be used, and until when that is believed, by the monotonic clock."""
+
+    reason: str
+    until: float = math.inf
+
+
 class GrammarCompiler:
     """Makes matchers for an artifact's tokenizer. Threads may share it.
 
@@ -92,7 +104,7 @@ class GrammarCompiler:
         self._turn = threading.Lock()  # who compiles; the others wait for it
         self._books = threading.Lock()  # what is below, held for microseconds
         self._num_waiting = self._num_characters = 0
-        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher | str] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher | _Refusal] = OrderedDict()
 
     def matcher(self, structured: StructuredOutput) -> Matcher:
         """A matcher at the start of a grammar.
@@ -132,25 +144,30 @@ class GrammarCompiler:
         """
         with self._books:
             found = self._kept.get(key)
-            if found is None:
+            if found is None or (isinstance(found, _Refusal) and found.until < time.monotonic()):
                 return None
             self._kept.move_to_end(key)
-            if isinstance(found, str):
-                raise RequestError(found)
+            if isinstance(found, _Refusal):
+                raise RequestError(found.reason)
             return Matcher(found.deep_copy())
 
-    def _compile(self, kind: str, text: str) -> llguidance.LLMatcher | str:
+    def _compile(self, kind: str, text: str) -> llguidance.LLMatcher | _Refusal:
         """The grammar, or why it cannot be used."""
         import llguidance
 
-        if (refusal := self._process.check(kind, text)) is not None:
-            return f"{kind}: {_first_line(refusal)}"
+        try:
+            refusal = self._process.check(kind, text)
+        except RequestError as error:  # the machine may have been busy, but copies of it must not take the time of all
+            return _Refusal(str(error), until=time.monotonic() + RETRY_AFTER)
+        if refusal is not None:
+            return _Refusal(f"{kind}: {_first_line(refusal)}")
         return llguidance.LLMatcher(self._tokenizer, self._grammar_of(kind, text), log_level=0)
 
-    def _keep(self, key: tuple[str, str], compiled: llguidance.LLMatcher | str) -> None:
+    def _keep(self, key: tuple[str, str], compiled: llguidance.LLMatcher | _Refusal) -> None:
         with self._books:
+            if self._kept.pop(key, None) is None:
+                self._num_characters += len(key[1])
             self._kept[key] = compiled
-            self._num_characters += len(key[1])
             while len(self._kept) > 1 and (len(self._kept) > KEPT or self._num_characters > KEPT_CHARACTERS):
                 (_, text), _ = self._kept.popitem(last=False)
                 self._num_characters -= len(text)

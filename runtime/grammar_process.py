@@ -36,6 +36,8 @@ class GrammarProcess:
             RequestError: it took too long, or ended the process.
             ClosedError: `close` was called meanwhile.
         """
+        if self._is_closed:
+            raise ClosedError("the engine was closed")
         try:
             if self._worker is None or self._worker.poll() is not None:
                 self._start()
@@ -55,6 +57,9 @@ class GrammarProcess:
         except TimeoutError as error:
             self._stop()
             raise RequestError(f"{kind}: too complex: compiling it took longer than {self._deadline:g} s") from error
+        except BaseException:
+            self._stop()  # or the next one would read the answer to this
+            raise
 
     def close(self) -> None:
         """End the process now; a `check` that runs in another thread raises."""
@@ -95,7 +100,9 @@ class GrammarProcess:
             EOFError: the worker died.
         """
         assert self._worker is not None and self._worker.stdout is not None
-        if not select.select([self._worker.stdout], [], [], seconds)[0]:
+        poll = select.poll()  # which knows file numbers above 1,023
+        poll.register(self._worker.stdout, select.POLLIN)
+        if not poll.poll(1000 * seconds):
             raise TimeoutError
         line = self._worker.stdout.readline()
         if not line:

@@ -1,4 +1,4 @@
-"""Compiles grammars in a process of its own, which can be killed when one takes too long. Run by `grammar.py`.
+"""Compiles grammars in a process of its own, which can be killed when one takes too long. Run by `grammar_process.py`.
 
 Reads a JSON object a line, {"kind": ..., "text": ...}, and answers with {"error": ...}, null if the grammar can be used.
 Imports nothing of optc, so that it starts at once.

@@ -19,7 +19,7 @@ def num_blocks(artifact: Artifact, *, max_num_seqs: int, kv_cache_memory: int | 
     available.
 
     Raises:
-        RequestError: not even one fits, or there is less memory than that.
+        RequestError: not even one fits.
     """
     manifest = artifact.manifest
     per_block = max(1, manifest.memory.kv_bytes_per_token * manifest.block_size)
@@ -27,8 +27,6 @@ def num_blocks(artifact: Artifact, *, max_num_seqs: int, kv_cache_memory: int | 
         blocks = kv_cache_memory // per_block
         if blocks < 1:
             raise RequestError(f"kv_cache_memory={kv_cache_memory}: a block takes {per_block} bytes")
-        if kv_cache_memory > (available := available_memory()):
-            raise RequestError(f"kv_cache_memory={kv_cache_memory}: {available} bytes are available")
         return blocks
     per_sequence = -(-manifest.model.max_model_len // manifest.block_size)
     left = max(0, available_memory() - manifest.memory.weight_bytes)  # the executor loads the weights after this

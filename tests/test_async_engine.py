@@ -274,12 +274,12 @@ def test_an_engine_that_dies_tells_everybody(artifact: Path, monkeypatch: pytest
         async with AsyncEngine(artifact) as engine:
             slow_down(engine)
 
-            def schedule() -> Any:
+            def step() -> Any:
                 raise AssertionError("a bug")
 
             task = asyncio.create_task(read(engine.generate([5], max_tokens=200, ignore_eos=True)))
             await asyncio.sleep(0.05)
-            monkeypatch.setattr(engine.engine.scheduler, "schedule", schedule)
+            monkeypatch.setattr(engine.engine, "step", step)
             with pytest.raises(ClosedError, match="died: a bug"):
                 await task
             assert not engine.is_healthy
@@ -324,15 +324,27 @@ def test_a_loop_that_is_gone_does_not_disturb(engine: AsyncEngine) -> None:
     assert engine.is_healthy
 
 
-def test_the_process_ends_though_requests_run(artifact: Path) -> None:
+@pytest.mark.parametrize("what", ["request", "grammar"])
+def test_the_process_ends_though_it_has_work(what: str, artifact: Path) -> None:
     import subprocess
     import sys
 
     code = (
-        "import asyncio, sys\nfrom optc import AsyncEngine\nengine = AsyncEngine(sys.argv[1])\n"
-        "async def main():\n    async for _ in engine.generate([5, 6], max_tokens=250, ignore_eos=True): break\n"
-        "asyncio.run(main())\nprint('done')"
+        "import asyncio, signal, sys, time\nfrom optc import AsyncEngine, StructuredOutput\n"
+        "engine = AsyncEngine(sys.argv[1])\n"
+        "async def main():\n"
+        "    async for _ in engine.generate([5, 6], max_tokens=250, ignore_eos=True): break\n"
     )
+    if what == "grammar":  # a worker that does not answer; closing is left to the end of the process
+        code += (
+            "    async for _ in engine.generate([5], structured=StructuredOutput(regex='a')): pass\n"
+            "    process = engine.engine._constrainer._compiler._process\n"
+            "    process._deadline = 1000\n"
+            "    process._worker.send_signal(signal.SIGSTOP)\n"
+            "    try: await asyncio.wait_for(anext(engine.generate([5], structured=StructuredOutput(regex='b'))), 0.5)\n"
+            "    except TimeoutError: pass\n"
+        )
+    code += "asyncio.run(main())\nprint('done')"
     done = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
 

@@ -247,7 +247,21 @@ def test_names_that_are_no_unicode(name: str) -> None:
         RequestOptions(**{name: "\ud800"})
 
 
-def test_deadlines_are_looked_at_when_one_is_due(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the engine's clock forward."""
+    real, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+    def forward(seconds: float) -> None:
+        ahead[0] += seconds
+
+    return forward
+
+
+def test_deadlines_are_looked_at_when_one_is_due(
+    make: Callable[..., Engine], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make(seqs=1)
     looked: list[int] = []
     real = Request.late_for
@@ -257,16 +271,73 @@ def test_deadlines_are_looked_at_when_one_is_due(make: Callable[..., Engine], mo
         return real(self, now)
 
     monkeypatch.setattr(Request, "late_for", late_for)
-    patient = engine.add([5], greedy(30), RequestOptions(timeout=100.0))
-    hasty = engine.add([6], greedy(30), RequestOptions(queue_timeout=0.05, timeout=200.0))
+    patient = engine.add([5], greedy(30), RequestOptions(timeout=1000.0))
+    hasty = engine.add([6], greedy(30), RequestOptions(queue_timeout=100.0, timeout=2000.0))
     for _ in range(5):
         engine.step()
     assert looked == []
-    time.sleep(0.06)
+    clock(101)
     engine.step()
     assert looked == [patient.request_id, hasty.request_id] and hasty.finish_reason == "timeout"
     drain(engine, [patient])
     assert len(looked) == 2 and patient.finish_reason == "length"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9])
+def test_deadlines_of_several_completions(
+    steps: int, make: Callable[..., Engine], clock: Callable[[float], None]
+) -> None:
+    """They are begun with their prompt, and end with it."""
+    engine = make(budget=16)
+    options = RequestOptions(queue_timeout=50.0, timeout=100.0)
+    group = engine.add([5] * 60, greedy(40, n=3), options).group
+    for _ in range(steps):
+        engine.step()
+    clock(51)
+    ended = [request for request in engine.step() if request.finish_reason]
+    assert ended == (group if steps == 0 else [])
+    clock(50)
+    ended += [request for request in engine.step() if request.finish_reason]
+    assert ended == group and all(isinstance(request.error, DeadlineError) for request in group)
+    check_empty(engine)
+
+
+def test_one_that_is_dropped_the_moment_it_comes(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread adds and drops it right behind the look into the inbox."""
+    engine = make()
+    looks: list[None] = []
+    real = engine._take_in
+
+    def take_in() -> None:
+        looks.append(None)
+        if len(looks) > 1:
+            real()
+
+    with engine._lock:
+        group = engine.add([5, 6], greedy(5, n=2)).group
+        engine.abort(group)
+    monkeypatch.setattr(engine, "_take_in", take_in)
+    assert engine.step() == group and [request.finish_reason for request in group] == ["abort", "abort"]
+    check_empty(engine)
+
+
+def test_all_that_ended_in_a_step_that_raised_are_told(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    first, second = engine.add([5], greedy(1)), engine.add([6], greedy(8))
+    real = engine._accept
+
+    def accept(request: Request, choice: Any) -> None:
+        if request is second:
+            raise RuntimeError("a mistake")
+        real(request, choice)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_accept", accept)
+        assert engine.step() == [first, second]
+    assert [first.finish_reason, second.finish_reason] == ["length", "error"]
+    check_empty(engine)
 
 
 def test_an_unfinished_character_can_be_what_stops(make: Callable[..., Engine]) -> None:

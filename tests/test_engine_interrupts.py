@@ -18,7 +18,13 @@ from optc.runtime.request import Request
 from .engine_cases import check_empty, drain, greedy
 
 # Too many for the pool: some are preempted, and several completions part from each other.
-WORK = [([5] * 30, {}), ([6] * 20, {"n": 2}), ([7] * 40, {"stop": ["e"]}), ([5] * 30 + [9], {}), ([8], {})]
+WORK = [
+    ([5] * 30, {}),
+    ([6] * 20, {"n": 3, "logprobs": 1}),
+    ([7] * 40, {"stop": ["e"]}),
+    ([5] * 30 + [9], {}),
+    ([8], {}),
+]
 FILES = ("engine.py", "scheduler.py", "kv_cache.py", "block_pool.py", "waiting_queue.py", "admission.py")
 
 
@@ -84,6 +90,8 @@ def test_an_interrupt_anywhere(steps: int, make: Callable[..., Engine]) -> None:
             elif request.finish_reason != "abort":
                 assert request.output_token_ids == wanted, (line, request.request_id)
             assert request.output_token_ids == wanted[: request.num_output_tokens]
+            if request.params.logprobs is not None and request.finish_reason != "error":
+                assert len(request.logprobs) == request.num_output_tokens
         line += 1 + line // 30  # near the start each line, later one in some
     assert line > 100
 

@@ -91,7 +91,8 @@ class Leaving:
         return True
 
 
-def test_a_client_that_goes_before_the_first_token(client: Any, artifact: Path) -> None:
+@pytest.mark.parametrize("when", ["before the first token", "while tokens come"])
+def test_a_client_that_goes(when: str, client: Any, artifact: Path) -> None:
     module = sys.modules["embed_in_fastapi"]
 
     async def main() -> None:
@@ -103,6 +104,11 @@ def test_a_client_that_goes_before_the_first_token(client: Any, artifact: Path) 
                 return real(inputs)
 
             engine.engine.executor.run = slow  # type: ignore[method-assign]
+            if when == "while tokens come":
+                watched = module.while_connected(engine.generate([5], max_tokens=200, ignore_eos=True), Leaving())
+                tokens = sum([len(output.token_ids) async for output in watched])
+                assert 2 < tokens < 100 and engine.engine.stats().finished == {"abort": 1}
+                return
             async with aclosing(engine.generate([5], max_tokens=200, ignore_eos=True)) as holder:
                 await anext(holder)
                 watched = module.while_connected(engine.generate([6], max_tokens=20), Leaving())
@@ -128,7 +134,9 @@ def test_what_went_wrong_is_no_answer(client: Any, monkeypatch: pytest.MonkeyPat
         patch.setattr(
             engine,
             "_end_late",
-            lambda: [each for r in list(engine._timed) for each in engine._finish(r, "timeout", late)],
+            lambda ended: ended.extend(
+                each for r in list(engine._timed) for each in engine._finish(r, "timeout", late)
+            ),
         )
         response = client.post("/complete", json={"prompt": "x"})
     assert response.status_code == 504 and "60 s" in response.json()["detail"]

@@ -71,7 +71,7 @@ def test_a_worker_that_takes_too_long_is_killed_and_started_again(
         compiler.matcher(regex("b"))
     assert time.monotonic() - started < 3
     assert worker.poll() is not None, "killed"
-    compiler.matcher(regex("b"))
+    compiler.matcher(regex("b2"))
     again = compiler._process._worker
     assert again is not None
     again.kill()
@@ -80,16 +80,54 @@ def test_a_worker_that_takes_too_long_is_killed_and_started_again(
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
-def test_a_worker_that_dies(how: str, make_compiler: Callable[..., GrammarCompiler]) -> None:
+def test_a_worker_that_dies(
+    how: str, make_compiler: Callable[..., GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = make_compiler()
     worker = stop_worker(compiler)
-    thread, found = in_thread(lambda: compiler.matcher(regex("b")))
-    time.sleep(0.1)
-    worker.send_signal(getattr(signal, how))
-    worker.send_signal(signal.SIGCONT)
-    thread.join()
-    assert isinstance(found[0], RequestError) and f"ended ({how})" in str(found[0])
+    real = compiler._process._read
+
+    def read(seconds: float) -> str | None:
+        worker.send_signal(getattr(signal, how))
+        worker.send_signal(signal.SIGCONT)
+        return real(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler._process, "_read", read)
+        with pytest.raises(RequestError, match=rf"ended \({how}\)"):
+            compiler.matcher(regex("b"))
+    compiler.matcher(regex("c"))
+
+
+def test_what_took_too_long_is_not_tried_again_at_once(
+    make_compiler: Callable[..., GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = make_compiler(deadline=0.3)
+    stop_worker(compiler)
+    for _ in range(3):  # the worker was killed, and a new one would compile it
+        with pytest.raises(RequestError, match="longer than"):
+            compiler.matcher(regex("b"))
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + grammar_module.RETRY_AFTER + 1)
     compiler.matcher(regex("b"))
+    assert compiler._num_characters == 2
+
+
+def test_an_interrupt_leaves_no_answer_behind(
+    make_compiler: Callable[..., GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next grammar would get it."""
+    compiler = make_compiler()
+    compiler.matcher(regex("a"))
+
+    def read(seconds: float) -> str | None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler._process, "_read", read)
+        with pytest.raises(KeyboardInterrupt):
+            compiler.matcher(regex("(b"))
+    compiler.matcher(regex("c"))
 
 
 def test_what_is_kept_waits_for_nobody_and_few_may_wait(
