@@ -60,6 +60,28 @@ inline IntVec dot4(IntVec acc, IntVec w, IntVec x) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define OPTC_SHORT_SUMS
+// Products of half bytes are summed up in 16 bits for a while, at half the instructions: 8 times two of them, each 15 * 128 at
+// most, fit. acc[j] += w[2 j] * x[2 j] + w[2 j + 1] * x[2 j + 1] of bytes w up to 15 and signed bytes x.
+inline IntVec dot2_short(IntVec acc, IntVec w, IntVec x) {
+#ifdef __AVX512BW__
+  return (IntVec)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)w, (__m512i)x));
+#else
+  return (IntVec)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+#endif
+}
+
+// acc[i] += shorts[2 i] + shorts[2 i + 1].
+inline IntVec add_shorts(IntVec acc, IntVec shorts) {
+#ifdef __AVX512BW__
+  return acc + (IntVec)_mm512_madd_epi16((__m512i)shorts, _mm512_set1_epi16(1));
+#else
+  return acc + (IntVec)_mm256_madd_epi16((__m256i)shorts, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
 #ifdef __AVX512BF16__
 // acc[i] += w[2 i] * x[2 i] + w[2 i + 1] * x[2 i + 1] of bfloat16 numbers.
 inline Vec dot2(Vec acc, IntVec w, IntVec x) {
@@ -101,6 +123,7 @@ struct Sums<0, V> {
 // Of unsigned bytes in runs of four columns:
 struct ByteStream {
   static constexpr int kRun = 4;
+  static constexpr bool kExpandsForMany = false;
   template <int M>
   static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, IntVec>& sums) {
     for (int64_t k = 0; k < columns; k += 4, w += 4 * kPanel, x += M) {
@@ -117,6 +140,30 @@ struct ByteStream {
 // the latency of a product counts.
 struct NibbleStream {
   static constexpr int kRun = 8;
+#ifdef OPTC_SHORT_SUMS
+  static constexpr bool kExpandsForMany = false;  // into bytes, which would be too large
+  template <int M>
+  static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, IntVec>& sums) {
+    for (int64_t k = 0; k < columns;) {
+      Sums<M, IntVec> shorts;
+      shorts.each([](int, IntVec& a, IntVec& b) OPTC_LAMBDA { a = b = IntVec{}; });
+      for (const int64_t end = std::min(columns, k + 32); k < end; k += 8, w += 4 * kPanel, x += 2 * M) {
+        const IntVec one = load_ints(w), two = load_ints(w + 4 * kLanes);
+        const IntVec low_one = one & 0x0f0f0f0f, low_two = two & 0x0f0f0f0f;
+        const IntVec high_one = (one >> 4) & 0x0f0f0f0f, high_two = (two >> 4) & 0x0f0f0f0f;
+        shorts.each([&](int m, IntVec& a, IntVec& b) OPTC_LAMBDA {
+          const IntVec value = splat_int(x[m]), next_value = splat_int(x[M + m]);
+          a = dot2_short(dot2_short(a, low_one, value), high_one, next_value);
+          b = dot2_short(dot2_short(b, low_two, value), high_two, next_value);
+        });
+      }
+      sums.each_with(shorts, [](int, IntVec& a, IntVec& b, IntVec more, IntVec next_more) OPTC_LAMBDA {
+        a = add_shorts(a, more), b = add_shorts(b, next_more);
+      });
+    }
+  }
+#else
+  static constexpr bool kExpandsForMany = true;
   template <int M>
   static OPTC_INLINE void dot(const uint8_t* w, const int32_t* x, int64_t columns, Sums<M, IntVec>& sums) {
     constexpr bool kFew = M <= 2;
@@ -146,6 +193,7 @@ struct NibbleStream {
     add(static_cast<Sums<1, IntVec>&>(to), from);
     to.first += from.first, to.second += from.second;
   }
+#endif
 };
 
 // Of float32 numbers [columns][32]:

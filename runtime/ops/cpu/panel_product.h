@@ -137,12 +137,14 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
     });
     return;
   }
-  alignas(64) uint8_t bytes[kChunk * kPanel];
+  using Chunk = std::conditional_t<Stream::kExpandsForMany, ByteStream, Stream>;
+  alignas(64) uint8_t bytes[Stream::kExpandsForMany ? kChunk * kPanel : 1];
   const int64_t together = std::max<int64_t>(1, kChunk / x.unit);
+  const int64_t unit_bytes = Stream::kExpandsForMany ? x.unit * kPanel : weight.position(x.unit);
   for (int64_t u0 = 0; u0 < x.units; u0 += together) {
     const int64_t u1 = std::min(x.units, u0 + together), k = u0 * x.unit;
     const uint8_t* from = w + weight.position(k);
-    if constexpr (std::is_same_v<Stream, NibbleStream>) {
+    if constexpr (Stream::kExpandsForMany) {
       expand_nibbles(from, round_up(std::min(u1 * x.unit, columns) - k, 8), bytes);
       from = bytes;
     }
@@ -155,7 +157,7 @@ void integer_panel(const PackedWeight& weight, int64_t panel, const RoundedRows&
 #endif
     for (int64_t row = 0; row < rows; row += kRows)
       with_rows<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto m) {
-        for (int64_t u = u0; u < u1; u++) run_unit(ByteStream(), m, from + (u - u0) * x.unit * kPanel, row, u);
+        for (int64_t u = u0; u < u1; u++) run_unit(Chunk(), m, from + (u - u0) * unit_bytes, row, u);
       });
   }
 }
