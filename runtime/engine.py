@@ -55,8 +55,8 @@ class Engine:
         manifest = artifact.manifest
         self.manifest, self.config = manifest, config
         blocks = num_blocks(artifact, max_num_seqs=config.max_num_seqs, kv_cache_memory=config.kv_cache_memory)
+        self.executor = Executor(artifact, num_blocks=blocks, native=native)  # says so if there is no memory for them
         self.pool = BlockPool(blocks, manifest.block_size)
-        self.executor = Executor(artifact, num_blocks=blocks, native=native)
         windows = [layer.window for layer in manifest.kv_cache]
         self.kv = KVCacheManager(
             self.pool, prefix_caching=config.prefix_caching, window=max(windows) if all(windows) else 0

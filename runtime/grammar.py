@@ -94,13 +94,15 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Path, *, vocab_size: int, end_ids: Sequence[int], deadline: float = DEADLINE) -> None:
         try:
+            import llguidance
+
             from . import grammar_worker
         except ModuleNotFoundError as error:
             raise UsageError('structured output needs llguidance: pip install "optc[grammar]"') from error
         self._grammar_of = grammar_worker.grammar_of
         arguments = [str(tokenizer), str(vocab_size), *map(str, end_ids)]
         self._tokenizer = grammar_worker.make_tokenizer(str(tokenizer), vocab_size, list(end_ids))
-        self._process = GrammarProcess(arguments, deadline)
+        self._process = GrammarProcess(Path(llguidance.__file__).parent.parent, arguments, deadline)
         self._turn = threading.Lock()  # who compiles; the others wait for it
         self._books = threading.Lock()  # what is below, held for microseconds
         self._num_waiting = self._num_characters = 0

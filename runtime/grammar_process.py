@@ -20,11 +20,13 @@ class GrammarProcess:
     """Starts with the first grammar, and again after it was killed. One thread at a time may use it; any may close it.
 
     Args:
+        library: folder that has llguidance.
         arguments: of the worker.
         deadline: seconds that a grammar may take.
     """
 
-    def __init__(self, arguments: Sequence[str], deadline: float) -> None:
+    def __init__(self, library: Path, arguments: Sequence[str], deadline: float) -> None:
+        self._library = str(library)
         self._arguments, self._deadline = arguments, deadline
         self._worker: subprocess.Popen[str] | None = None
         self._is_closed = False
@@ -69,13 +71,11 @@ class GrammarProcess:
             worker.wait()
 
     def _start(self) -> None:
-        import llguidance
-
         self._stop()
         file = Path(__file__).with_name("grammar_worker.py")
         # -I: nothing of the caller's folder or environment; where llguidance is, it is told.
-        path = str(Path(llguidance.__file__).parent.parent)
-        code = f"import sys; sys.path += [{path!r}, {str(file.parent)!r}]; import grammar_worker; grammar_worker.main()"
+        path = [self._library, str(file.parent)]
+        code = f"import sys; sys.path += {path!r}; import grammar_worker; grammar_worker.main()"
         self._worker = subprocess.Popen(
             [sys.executable, "-I", "-c", code, *self._arguments],
             stdin=subprocess.PIPE,
