@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ ONLY_IN = {
 }
 
 
+@functools.cache  # the tree holds the environment too
 def sources() -> dict[str, Path]:
     """Every module of the package by its dotted name inside it; "" is the package itself."""
     found = {}
