@@ -129,9 +129,7 @@ class BlockPool:
         """A cached block that begins as `token_ids` do, behind the same prefix, and for how many tokens; the longest."""
         siblings = self._children.get(parent, [])
         place = bisect_left(siblings, (tuple(token_ids),))
-        neighbours = siblings[
-            max(0, place - 1) : place + 1
-        ]  # in order of tokens, the most alike are next to each other
+        neighbours = siblings[max(0, place - 1) : place + 1]  # in this order the most alike are next to each other
         best = max(neighbours, key=lambda each: _common(each[0], token_ids), default=None)
         if best is None or (count := _common(best[0], token_ids)) == 0:
             return None

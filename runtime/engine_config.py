@@ -40,10 +40,12 @@ class EngineConfig:
     max_queued_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
-            if name.startswith("max_num") or value is not None:
-                _check(name, value, _is_int(value) and value >= 1, "a whole number, at least 1")
+            _check(name, value, _is_int(value) and value >= 1, "a whole number, at least 1")
+        for name in ("max_queued_requests", "max_queued_tokens"):
+            value = getattr(self, name)
+            _check(name, value, value is None or (_is_int(value) and value >= 1), "a whole number above 0, or None")
         memory = self.kv_cache_memory
         _check("kv_cache_memory", memory, memory is None or _is_int(memory), "a whole number of bytes, or None")
         _check("prefix_caching", self.prefix_caching, isinstance(self.prefix_caching, bool), "True or False")

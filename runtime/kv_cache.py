@@ -156,6 +156,7 @@ class KVCacheManager:
             self._give_back_unseen(request)
 
     def _give_back_unseen(self, request: Request) -> None:
+        """Give back the blocks that the next query does not see."""
         unseen = self._num_unseen(request.num_computed)
         for block in request.blocks[request.num_freed : unseen]:
             self.pool.give_back(block)

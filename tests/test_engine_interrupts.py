@@ -78,6 +78,7 @@ def test_an_interrupt_anywhere(steps: int, make: Callable[..., Engine]) -> None:
                 engine.step()
         except KeyboardInterrupt:
             interrupted = True
+        phase = engine._phase
         for _ in range(200):
             engine.step()
             if not engine.has_work():
@@ -86,6 +87,7 @@ def test_an_interrupt_anywhere(steps: int, make: Callable[..., Engine]) -> None:
         for request, wanted in zip(requests, tokens, strict=True):
             assert request.finish_reason is not None, (line, request.request_id)
             if request.finish_reason == "error":
+                assert phase == "commit", "only behind the model"
                 assert "interrupted" in str(request.error)
             elif request.finish_reason != "abort":
                 assert request.output_token_ids == wanted, (line, request.request_id)

@@ -136,8 +136,8 @@ struct ByteStream {
   }
 };
 
-// Of half bytes in runs of eight columns. The two halves of a byte have sums of their own where there are few rows: then
-// the latency of a product counts.
+// Of half bytes in runs of eight columns. With VNNI the two halves of a byte have sums of their own where there are few rows:
+// then the latency of a product counts.
 struct NibbleStream {
   static constexpr int kRun = 8;
 #ifdef OPTC_SHORT_SUMS
